@@ -1,7 +1,8 @@
 """Every merge method once at one size: beside a copy past the page cache, and beside mergekit.
 
 Writes results/methods.json after every method; the table of methods in the documents is made of it.
-mergekit is run in the first round only: of some methods it takes minutes.
+mergekit is run in the first round only: of some methods it takes minutes. With --resume methods are
+measured that the file lacks at any size: those on whole matrices at 0.5B, since they take longest.
 
     python benchmarks/methods.py [--runs 3] [--size 0.5B] [--only della] [--resume]
 """
@@ -23,7 +24,7 @@ RESULT = Path(__file__).parent / "results" / "methods.json"
 NOTE = (
     "whole processes, page cache warm, bfloat16, a base and two task models (slerp, nearswap and "
     "arcee_fusion: one); medians of alternating runs, of mergekit a single run; parameters as in "
-    "each case"
+    "each case, wudi with 10 steps, lines and svc behind task_arithmetic"
 )
 TOOLS = ("direct copy", "outliermerge")
 
@@ -40,7 +41,8 @@ def main() -> None:
     options = parser.parse_args()
     now = surroundings(options.runs, also=("mergekit", "transformers"))
     report = opened(options.results, now, go_on=options.resume or bool(options.only))
-    report |= {"note": NOTE, "num_parameters": {options.size: num_parameters(options.size)}}
+    sizes = report.get("num_parameters", {}) | {options.size: num_parameters(options.size)}
+    report |= {"note": NOTE, "num_parameters": sizes}
     done = {case["method"] for case in report["cases"] if options.resume}
     chosen = [
         method
@@ -72,6 +74,7 @@ def main() -> None:
                 runs, failed = runs | more, failed | of_peer
             about = {"name": case.name, "method": method, "size": options.size, "runs": runs}
             about |= {"parameters": (PARAMETERS | OTHERS)[method]}
+            about |= {key: now[key] for key in ("date", "load_before")}
             save(report, about | ({"failed": failed} if failed else {}), options.results)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

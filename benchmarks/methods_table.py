@@ -11,7 +11,7 @@ from typing import Any
 from report import Report, median, ratio
 
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import METHODS
+from outliermerge.methods.table import METHODS, MODIFIERS
 
 EQUAL = "yes"
 NOT_THERE = "not in mergekit"
@@ -50,6 +50,8 @@ AGREES = {
     "consensus_ta": NOT_THERE,
     "metagpt": NOT_THERE,
     "passthrough": EQUAL,
+    "lines": NOT_THERE,
+    "svc": NOT_THERE,
 }
 PEAK = "peak_anonymous_megabytes"
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
@@ -74,7 +76,7 @@ def _figure(value: float | None, digits: int = 1) -> str:
 
 
 def methods(content: dict[str, Any]) -> str:
-    """One row a method, from the table of methods and the JSON that methods.py writes."""
+    """One row a method or modifier, from their tables and the JSON that methods.py writes."""
     report = Report(content)
     by_method = {case["method"]: case for case in report.content["cases"]}
     header = [
@@ -82,7 +84,7 @@ def methods(content: dict[str, Any]) -> str:
         "times as fast as mergekit", "CPU time less", "equal to mergekit's",
     ]  # fmt: skip
     lines = [header, ["---"] * 3 + ["--:"] * 5 + ["---"]]
-    for name, method in METHODS.items():
+    for name, method in (METHODS | MODIFIERS).items():
         case = by_method.get(name)
         given = case["parameters"] if case else {}
         lines.append(
@@ -98,9 +100,16 @@ def methods(content: dict[str, Any]) -> str:
                 AGREES[name],
             ]
         )
-    size = next(iter(content["num_parameters"]))
+    size, *others = content["num_parameters"]
     about = (
         f"Measured at {size} on {content['date']}, {content['hardware']}, load before "
         f"{content['load_before']}: {content['note']}."
     )
+    for other in others:
+        cases = [case for case in content["cases"] if case["size"] == other]
+        names = ", ".join(f"`{case['method']}`" for case in cases)
+        loads = [case["load_before"] for case in cases]
+        days = " and ".join(dict.fromkeys(case["date"] for case in cases))
+        if cases:
+            about += f" At {other} on {days}, load before {min(loads)} to {max(loads)}: {names}."
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{about}"

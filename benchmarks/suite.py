@@ -52,18 +52,21 @@ OTHERS: dict[str, dict[str, float]] = {
     "iso_c": {},
     "iso_cts": {},
     "tsv_m": {},
-    "wudi": {},
+    "wudi": {"iterations": 10},
     "swudi": {},
     "aswudi": {},
     "resmerge": {},
     "pcb": {},
     "consensus_ta": {},
     "metagpt": {},
+    "lines": {},
+    "svc": {},
 }
-OF_THE_MERGE = ("t", "select_topk")  # parameters that a model cannot set for itself
+MODIFIERS = ("lines", "svc")  # measured behind task_arithmetic
+OF_THE_MERGE = ("t", "select_topk", "iterations")  # parameters that a model cannot set for itself
 WITHOUT_PEER = (
     "passthrough", "min_sigma", "iso_c", "iso_cts", "tsv_m", "wudi", "swudi", "aswudi",
-    "resmerge", "pcb", "consensus_ta", "metagpt",
+    "resmerge", "pcb", "consensus_ta", "metagpt", *MODIFIERS,
 )  # fmt: skip
 MEMORY = "64MB"
 SWEEP = "t=2,2.5,3"
@@ -138,6 +141,8 @@ def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list
         "parameters": of_merge,
         "dtype": "bfloat16",
     }
+    if case.method in MODIFIERS:
+        spec |= {"merge_method": "task_arithmetic", "modifiers": [{"modifier": case.method}]}
     if case.method not in ("linear", "passthrough"):
         spec["base_model"] = str(base)
         tasks = list(dict.fromkeys([base, *tasks]))

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from outliermerge.arguments import checked, wrong
 from outliermerge.checkpoint.sources import DTYPES, DType
-from outliermerge.engines.batched import batches, merge_batch
-from outliermerge.engines.kernels import find_kernels
-from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
+from outliermerge.engines.torch import is_finite
+from outliermerge.engines.triton import TensorMerge
 from outliermerge.errors import (
     ArgumentError,
     OutlierMergeError,
     SpecError,
+    argument,
     listing,
     quoted,
     suggest,
 )
-from outliermerge.execution.in_memory import MemoryFeed, merge_in_memory
-from outliermerge.execution.passes import Measured, measure, needs_of
-from outliermerge.execution.rounds import Steps, run_all
-from outliermerge.execution.threads import torch_threads
+from outliermerge.execution.in_memory import merge_all
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.statistics.base import scope_of
@@ -31,7 +28,6 @@ from outliermerge.methods.task import Task
 from outliermerge.optional import require_torch
 from outliermerge.planning.parameters import context_of
 from outliermerge.spec.settings import find_layers
-from outliermerge.storage.machine import num_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +43,7 @@ def merge_state_dicts(
     method: str | MergeMethod = "min_sigma",
     seed: int = 0,
     auxiliary: Mapping[str, Sequence[Mapping[str, Tensor]]] | None = None,
+    allow_non_finite: bool = False,
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge dicts of tensors in memory.
@@ -58,6 +55,8 @@ def merge_state_dicts(
         seed: of methods that draw random numbers, which depend on the tensor's name, too.
         auxiliary: of methods that take statistics of data: by kind, such as `gram`, one dict of
             tensors a model, with the weights' names. What no model has is averaged.
+        allow_non_finite: go on where values are infinite or NaN, such as those too large for
+            float16.
         **parameters: of the method; those of each model as a list of one value a model.
 
     Returns:
@@ -65,7 +64,7 @@ def merge_state_dicts(
         where there is no base). Tensors that are not floating-point must be equal and are copied.
 
     Raises:
-        OutlierMergeError: names, shapes or non-float tensors differ.
+        OutlierMergeError: names, shapes or non-float tensors differ; values are infinite or NaN.
         ArgumentError: an unknown method or parameter, or a value out of range.
 
     Example:
@@ -94,6 +93,7 @@ def merge_state_dicts(
                     for name in sorted(set(reference) ^ set(model))
                 )
             )
+    named = _named(models, base)
     found, models = _with_base(found, models, base)
     resolved = _resolved(found, len(models), parameters)
     given = _auxiliary(found, len(models), auxiliary)
@@ -108,11 +108,11 @@ def merge_state_dicts(
             context_of(name, tuple(getattr(tensor, "shape", ())), layers.get(name), seed),
             {kind: [own.get(name) for own in each] for kind, each in given.items()},
         )
-    _merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
-    return {
-        name: merge.result if isinstance(merge, TensorMerge) else merge
-        for name, merge in merges.items()
-    }
+    return _filled(
+        merges,
+        lambda name: {place: one[name] for place, one in named.items()},
+        allow_non_finite=allow_non_finite,
+    )
 
 
 @checked
@@ -124,6 +124,7 @@ def merge_tensors(
     name: str = "",
     seed: int = 0,
     auxiliary: Mapping[str, Sequence[Tensor]] | None = None,
+    allow_non_finite: bool = False,
     **parameters: Any,
 ) -> Tensor:
     """Merge one tensor in memory.
@@ -136,13 +137,15 @@ def merge_tensors(
             another name.
         seed: of methods that draw random numbers.
         auxiliary: of methods that take statistics of data: by kind, one tensor a model.
+        allow_non_finite: go on where values are infinite or NaN.
         **parameters: of the method; those of each model as a list.
 
     Returns:
         A tensor of the shape, dtype and device of the base (of the first model without one).
 
     Raises:
-        OutlierMergeError: shapes differ, or tensors that are not floating-point differ.
+        OutlierMergeError: shapes differ, or tensors that are not floating-point differ; values
+            are infinite or NaN.
         ArgumentError: an unknown method or parameter, or a value out of range.
 
     Example:
@@ -154,6 +157,7 @@ def merge_tensors(
     found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")
+    named = _named(models, base)
     found, models = _with_base(found, models, base)
     resolved = _resolved(found, len(models), parameters)
     context = Context(name, tuple(getattr(models[0], "shape", ())), seed=seed)
@@ -165,10 +169,7 @@ def merge_tensors(
         )
     given = _auxiliary(found, len(models), auxiliary)
     merge = _prepared(models, base, found, resolved, context, given)
-    if not isinstance(merge, TensorMerge):
-        return merge
-    _merge_all([merge])
-    return merge.result
+    return _filled({name: merge}, lambda _: named, allow_non_finite=allow_non_finite)[name]
 
 
 def _method(method: str | MergeMethod) -> MergeMethod:
@@ -192,6 +193,12 @@ def _with_base(
     if method.base_as == "first":
         return method, [base, *models]
     return method, [*models, base] if method.base_as == "model" else models
+
+
+def _named(models: Sequence[T], base: T | None) -> dict[str, T]:
+    """Return what was given by the names that messages have for it."""
+    named = {f"models[{number}]": each for number, each in enumerate(models)}
+    return named if base is None else {"base": base, **named}
 
 
 def _resolved(
@@ -323,72 +330,33 @@ def _dtype(tensor: Tensor) -> DType:
     return DTYPES[str(tensor.dtype).removeprefix("torch.")]
 
 
-def _merge_all(merges: Sequence[TensorMerge]) -> None:
-    """Fill the results: on a GPU many at once, else one after another."""
-    import torch
+def _filled(
+    merges: Mapping[str, TensorMerge | Tensor],
+    given: Callable[[str], Mapping[str, Tensor]],
+    *,
+    allow_non_finite: bool,
+) -> dict[str, Tensor]:
+    """Return the results of merges by name.
 
-    known = _measured_over_all(merges)
-    fitting = [merge for merge in merges if fits_gpu(merge)]
-    differing = dict(zip(map(id, fitting), differ_early(fitting), strict=True))
-    left = [m for m in merges if differing.get(id(m)) or not _keep_equal_models(m)]
-    merge_on_gpu([merge for merge in left if id(merge) in differing])
-    alone = [merge for merge in left if id(merge) not in differing]
-    on_gpu = [merge for merge in alone if merge.result.device.type == "cuda"]
-    if on_gpu:
-        free_bytes, _ = torch.cuda.mem_get_info(on_gpu[0].result.device)
-        for batch in batches(on_gpu, memory_bytes=free_bytes // 2):
-            if len(batch) > 1 and merge_batch(batch):
-                alone = [merge for merge in alone if merge not in batch]
-    if alone:
-        _wait_for_gpus(alone)
-        with torch_threads() as prepare:
-            steps = (merge_in_memory(_feed(merge), known) for merge in alone)
-            run_all(steps, threads=num_threads(0), prepare=prepare)
-        _wait_for_gpus(alone)
+    Args:
+        merges: the merges that are to be done, and what needs none.
+        given: returns the tensors that were given for a name.
 
-
-def _measured_over_all(merges: Sequence[TensorMerge]) -> Measured:
-    """Return the statistics that the method needs of all tensors together."""
-    tasks, found = [merge.task for merge in merges], dict[Any, list[Any]]()
-    if not any(needs_of(task, "model") for task in tasks):
-        return found
-
-    def measured() -> Steps[None]:
-        found.update((yield from measure(tasks, [_feed(merge) for merge in merges], "model")))
-
-    _wait_for_gpus(merges)
-    with torch_threads() as prepare:
-        run_all([measured()], threads=num_threads(0), prepare=prepare)
-    return found
-
-
-def _wait_for_gpus(merges: Sequence[TensorMerge]) -> None:
-    """Wait for what is queued on GPUs, because threads do not use the stream of their caller."""
-    import torch
-
-    for device in {merge.result.device for merge in merges}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-
-def _keep_equal_models(merge: TensorMerge) -> bool:
-    """Fill the result where all sources are equal and come back as they are."""
-    import torch
-
-    first, method = merge.sources[0], merge.task.method
-    if method.space == "weight" and not method.idempotent(merge.task.parameters):
-        return False
-    same = all(
-        tensor.dtype == first.dtype and torch.equal(first, tensor.to(first.device))
-        for tensor in merge.sources[1:]
-    )
-    if same:
-        merge.result.copy_(first)
-    return same
-
-
-def _feed(merge: TensorMerge) -> MemoryFeed:
-    tensors = (merge.result, *merge.sources)
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    kernels = find_kernels() if on_cpu else None
-    return MemoryFeed(merge, kernels)
+    Raises:
+        OutlierMergeError: a result has values that are infinite or NaN, and these are not allowed.
+    """
+    bad = merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
+    results = {}
+    for name, merge in merges.items():
+        result = results[name] = merge.result if isinstance(merge, TensorMerge) else merge
+        is_copy = merge is result and result.is_floating_point()
+        if not allow_non_finite and (merge in bad or (is_copy and not is_finite(result))):
+            places = [
+                f"in {place}" for place, one in given(name).items() if not is_finite(one)
+            ] or [f"in the merge ({str(result.dtype).removeprefix('torch.')})"]
+            raise OutlierMergeError(
+                f"{f'tensor {name!r}' if name else 'the tensor'} has values that are infinite or "
+                f"NaN {' and '.join(places)}. Check that model; "
+                f"{argument('allow_non_finite', True)} goes on."
+            )
+    return results

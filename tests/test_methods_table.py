@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outliermerge.methods.table import METHODS
+from outliermerge.methods.table import METHODS, MODIFIERS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -41,13 +41,21 @@ def measured(method: str, wall: float, theirs: float) -> dict:
 def test_every_method_has_a_row_and_a_word_on_mergekit():
     text = methods_table.methods(ABOUT | {"cases": [measured("linear", 2, 30)]})
     rows = [line for line in text.splitlines() if line.startswith("| [`")]
-    assert len(rows) == len(METHODS) == len(methods_table.AGREES)
-    assert set(METHODS) == set(methods_table.AGREES) == set(suite.PARAMETERS | suite.OTHERS)
+    every = METHODS | MODIFIERS
+    assert len(rows) == len(every) == len(methods_table.AGREES)
+    assert set(every) == set(methods_table.AGREES) == set(suite.PARAMETERS | suite.OTHERS)
     cells = next(row for row in rows if "`linear`" in row).strip("| ").split(" | ")
     assert cells[3:] == ["1", "2.0", "33", "15", "30", "yes"]
     unmeasured = next(row for row in rows if "`ties`" in row)
     assert unmeasured.count(" – ") == 4
     assert text.endswith("as said.")
+
+
+def test_what_was_measured_at_another_size_is_said():
+    small = measured("iso_c", 3, 0) | {"size": "tiny", "date": "2026-01-03", "load_before": 0.7}
+    sizes = {"num_parameters": {"0.1B": 1, "tiny": 1}}
+    text = methods_table.methods(ABOUT | sizes | {"cases": [measured("linear", 2, 30), small]})
+    assert text.endswith("as said. At tiny on 2026-01-03, load before 0.7 to 0.7: `iso_c`.")
 
 
 @pytest.mark.parametrize(

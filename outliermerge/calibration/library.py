@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from outliermerge.calibration import measure as measuring
 from outliermerge.calibration.by_layer import fits_whole, measure_by_layer
 from outliermerge.calibration.data import Sample, read_samples
 from outliermerge.calibration.fit import By, Fitted
-from outliermerge.calibration.measure import remove_unfinished
+from outliermerge.calibration.measure import held
 from outliermerge.calibration.model import load
 from outliermerge.calibration.regmean_pp import alternation_of, measure_alternating
 from outliermerge.calibration.sums import Fisher
@@ -94,29 +96,29 @@ def measure(
             model, given, names, chosen, max_tokens=max_tokens, fresh=fresh, news=on_progress
         )
     folder = as_path(str(output or f"{Path(str(model).rstrip('/')).name}-statistics"))
-    if fresh:
-        remove_unfinished(folder)
-    if by_layer or not fits_whole(str(model), chosen):
-        manifest = measure_by_layer(
-            str(model),
+    wanted = measuring.Wanted(kinds, fisher, max_tokens, seed)
+    with held(folder, fresh=fresh):
+        if by_layer or not fits_whole(str(model), chosen):
+            manifest = measure_by_layer(
+                str(model),
+                given[0],
+                output=folder,
+                wanted=wanted,
+                device=chosen,
+                data=names[0],
+                on_progress=on_progress,
+            )
+            return {folder: manifest}
+        manifest = measuring.measure(
+            load(str(model), device=chosen, what="measure"),
             given[0],
             output=folder,
-            wanted=measuring.Wanted(kinds, fisher, max_tokens, seed),
-            device=chosen,
+            wanted=wanted,
             data=names[0],
+            memory_bytes=memory_bytes,
+            save_every=save_every,
             on_progress=on_progress,
         )
-        return {folder: manifest}
-    manifest = measuring.measure(
-        load(str(model), device=chosen, what="measure"),
-        given[0],
-        output=folder,
-        wanted=measuring.Wanted(kinds, fisher, max_tokens, seed),
-        data=names[0],
-        memory_bytes=memory_bytes,
-        save_every=save_every,
-        on_progress=on_progress,
-    )
     return {folder: manifest}
 
 
@@ -136,11 +138,12 @@ def _measure_merge(
             f"{argument('data')}: given {len(samples)} time(s), expected {len(merge.models)}: one "
             "for each model of the spec"
         )
-    for folder in merge.folders if fresh else ():
-        remove_unfinished(folder)
-    found = measure_alternating(
-        merge, samples, device=device, data=names, max_tokens=max_tokens, on_progress=news
-    )
+    with ExitStack() as stack:
+        for folder in merge.folders:
+            stack.enter_context(held(folder, fresh=fresh))
+        found = measure_alternating(
+            merge, samples, device=device, data=names, max_tokens=max_tokens, on_progress=news
+        )
     return dict(zip(merge.folders, found, strict=True))
 
 
@@ -189,8 +192,8 @@ def fit(
         >>> fitted = outliermerge.fit("merge.yaml", "chats.jsonl")  # doctest: +SKIP
         >>> outliermerge.run(fitted.document, output="merged")  # doctest: +SKIP
     """
-    if not rate > 0:
-        raise ArgumentError(f"{argument('rate')}: found {rate}, expected more than 0")
+    if not 0 < rate < math.inf:
+        raise ArgumentError(f"{argument('rate')}: found {rate}, expected a number above 0")
     names = [data] if isinstance(data, (str, Path)) else data
     loaded = _spec(spec)
     return fitting.fit(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +27,14 @@ from outliermerge.checkpoint.checksum import source_checksum
 from outliermerge.checkpoint.measured import KINDS, STATISTICS_FORMAT, STATISTICS_NAME
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.output.journal import Journal, process
+from outliermerge.output.names import partial_folder
 from outliermerge.storage.failures import naming
 from outliermerge.storage.files import load_json, write_whole
 
 _STATE = "sums.safetensors"
 _IDENTITY = "measures.json"
+_MADE = {"what is made": "statistics"}  # of the journal, whose lock keeps others away
 DEFINITIONS = {
     "gram": "mean over the tokens of xxᵀ, x the inputs of a linear layer, or over those that are "
     "routed to an expert; float32 of sums in float64 of each sample's product in float32",
@@ -141,17 +145,14 @@ class Partial:
         groups: Sequence[Sequence[Unit]],
         more: Mapping[str, Any] | None = None,
     ) -> None:
-        if output.exists():
-            raise OutlierMergeError(
-                f"{output}: is there already. Name another folder, or remove it."
-            )
+        _refuse_taken(output)
         units = [unit for group in groups for unit in group]
         if not units:
             raise OutlierMergeError(
                 f"{shown(loaded.reference)}: has nothing to measure: no linear layers that are "
                 "tensors of its files"
             )
-        self._output, self._folder = output, output.with_name(output.name + ".partial")
+        self._output, self._folder = output, partial_folder(output)
         self._loaded, self._wanted, self._num_groups = loaded, wanted, len(groups)
         measured = sorted({name for unit in units for name in _names(unit)})
         tensors = {}
@@ -342,8 +343,37 @@ def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(identity).encode())
 
 
-def remove_unfinished(output: Path) -> None:
-    """Remove what an interrupted measurement has left."""
-    partial = output.with_name(output.name + ".partial")
-    if (partial / _IDENTITY).exists():
-        shutil.rmtree(partial)
+def _refuse_taken(output: Path) -> None:
+    if output.exists():
+        raise OutlierMergeError(f"{output}: is there already. Name another folder, or remove it.")
+
+
+@contextmanager
+def held(output: Path, *, fresh: bool) -> Iterator[None]:
+    """Let no other process write statistics, a merge or an adapter to the same folder.
+
+    Args:
+        output: the folder.
+        fresh: remove what an interrupted measurement has left there.
+
+    Raises:
+        BusyError: another process writes it.
+        OutlierMergeError: it is there, or was begun by something else.
+    """
+    _refuse_taken(output)
+    journal, partial = Journal(output), partial_folder(output)
+    try:
+        if journal.identity not in (None, _MADE):
+            raise OutlierMergeError(
+                f"{partial}: was begun by a merge or an extraction, which goes on by its own "
+                f"command. Choose another output, or remove it and {journal.path}."
+            )
+        journal.begin(_MADE, process=process())
+        try:
+            if fresh and (partial / _IDENTITY).exists():
+                shutil.rmtree(partial)
+            yield
+        finally:
+            journal.clear()  # so that its file goes with it
+    finally:
+        journal.close()

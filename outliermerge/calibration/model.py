@@ -13,6 +13,7 @@ from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.folders.hub import resolve
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Checkpoint, Source
+from outliermerge.engines.torch import is_finite
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.execution.layerwise import require_transformers
 from outliermerge.storage.files import load_json
@@ -233,11 +234,22 @@ class Several:
         return self._parameters[name]
 
     def put(self, name: str, value: Tensor) -> None:
-        """Put a tensor into the module."""
+        """Put a tensor into the module.
+
+        Raises:
+            OutlierMergeError: it has values that are infinite, NaN or too large for the module.
+        """
         import torch
 
+        parameter = self._parameters[name]
         with torch.no_grad():
-            self._parameters[name].copy_(value)
+            parameter.copy_(value)
+        if not is_finite(parameter.detach()):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise OutlierMergeError(
+                f"{shown(name)} has values that are infinite, NaN or too large for {kind}, which "
+                "the model computes in"
+            )
 
 
 class Feeder:

@@ -176,11 +176,13 @@ class TensorEngine:
         num_elements: int,
         out: Tensor,
         start: int = 0,
-    ) -> None:
-        """Fill `out` (E,) with a block's merged weights."""
+    ) -> tuple[bool, bool, dict[str, Any]]:
+        """Fill `out` (E,) with a block's merged weights; return what another engine does."""
         block_SE = self._load(task, sources, num_elements)
-        merged_E, _ = merge_block(task, block_SE, keywords(task, prepared, block_SE), start)
+        merged_E, report = merge_block(task, block_SE, keywords(task, prepared, block_SE), start)
         out.copy_(merged_E)
+        fits_ = fits(merged_E, out)
+        return fits_, fits_, report
 
     def _load(self, task: Task, sources: Sequence[Tensor], num_elements: int) -> Tensor:
         import torch
@@ -342,7 +344,7 @@ def is_finite(values: Tensor) -> bool:
 
     The least and the greatest value tell it: both are NaN if any value is.
     """
-    return all(math.isfinite(extreme) for extreme in _extremes(values))
+    return not values.numel() or all(math.isfinite(extreme) for extreme in _extremes(values))
 
 
 def _extremes(values: Tensor) -> tuple[float, float]:

@@ -99,10 +99,10 @@ def passthrough(weights_ME: Tensor, *, scale: PerModel = 1.0) -> Tensor:
 
 
 def check_weights(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError for weights that are negative, or all 0."""
+    """Raise ValueError for weights that are all 0."""
     weights = parameters["weight"]
-    if min(weights) < 0 or not any(weights):
-        raise ValueError(f"found the weights {list(weights)}, expected none below 0, and one above")
+    if not any(weights):
+        raise ValueError(f"found the weights {list(weights)}, expected one above 0")
 
 
 @merge_method(

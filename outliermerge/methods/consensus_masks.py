@@ -5,33 +5,23 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.parameter import PerModel
+from outliermerge.methods.parameter import AT_MOST_MODELS, PerModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _check(parameters: Mapping[str, Any]) -> None:
-    consensus, num_models = parameters["consensus"], len(parameters["weight"])
-    if consensus > num_models:
-        raise ValueError(
-            f"found a consensus of {consensus} with {num_models} model(s), expected at most as "
-            "many as models: no element could be merged"
-        )
-
-
-@merge_method(space="delta", check=_check, paper="arXiv 2405.07813")
+@merge_method(space="delta", paper="arXiv 2405.07813")
 def consensus_ta(
     deltas_ME: Tensor,
     *,
     tall_mask_lambda: Annotated[PerModel, Ge(0)] = 0.4,
-    consensus: Annotated[int, Ge(0)] = 2,
+    consensus: Annotated[int, Ge(0), AT_MOST_MODELS] = 2,
     weight: PerModel = 1.0,
     lambda_: float = 1.0,
 ) -> Tensor:

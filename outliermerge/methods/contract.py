@@ -147,8 +147,15 @@ class MergeMethod:
         """Return how often a tensor is usually read, for resolved parameters."""
         return 1 + max((need.num_passes(parameters) for need in self.needs.values()), default=0)
 
-    def resolve(self, num_models: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    def resolve(
+        self, num_models: int, given: Mapping[str, Any], *, of: int | None = None
+    ) -> dict[str, Any]:
         """Return all parameters by YAML name, per-model ones as tuples of num_models values.
+
+        Args:
+            num_models: how many models have the tensor.
+            given: the values by name.
+            of: how many models are merged, where some lack the tensor.
 
         Raises:
             SpecError: an unknown name, or a value of the wrong type, count or range.
@@ -168,6 +175,7 @@ class MergeMethod:
                 if several and len(value) != num_models:
                     raise ValueError(f"found {len(value)} values, expected {num_models}")
                 checked = [parameter.check(item) for item in (value if several else [value])]
+                parameter.check_count(checked[0], num_models if of is None else of)
             except ValueError as error:
                 raise SpecError(f"{self.name}: parameter {name!r}: {error}") from error
             if parameter.per_model:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.methods.averaging import check_weights, unless_measured
@@ -54,7 +54,7 @@ def fisher(
     *,
     fisher: Tensor,
     context: Context,
-    weight: PerModel = 1.0,
+    weight: Annotated[PerModel, Ge(0)] = 1.0,
     epsilon: Annotated[float, Gt(0)] = 1e-12,
 ) -> Tensor:
     """Average weights in proportion to diagonal Fisher information (Fisher merging).

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from outliermerge.methods.averaging import check_weights, unless_measured
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod, merge_method
 from outliermerge.methods.fisher import refuse_no_squares
-from outliermerge.methods.parameter import PerModel
+from outliermerge.methods.parameter import MOST_STEPS, PerModel
 from outliermerge.methods.prepared import Prepared
 from outliermerge.methods.regmean import gram_shape, turned_gram_shape, wrong_gram
 
@@ -132,10 +132,10 @@ def mats(
     weights_MRC: Tensor,
     *,
     gram: Tensor,
-    iterations: Annotated[int, Ge(1)] = 100,
+    iterations: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = 100,
     init: Init = "mean",
     tolerance: Annotated[float, Ge(0)] = 1e-5,
-    weight: PerModel = 1.0,
+    weight: Annotated[PerModel, Ge(0)] = 1.0,
 ) -> Tensor:
     """MaTS with Gram matrices: RegMean's system, iterated from the mean.
 
@@ -192,10 +192,10 @@ def mats_fisher(
     *,
     fisher: Tensor,
     context: Context,
-    iterations: Annotated[int, Ge(1)] = 100,
+    iterations: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = 100,
     init: Init = "mean",
     tolerance: Annotated[float, Ge(0)] = 1e-5,
-    weight: PerModel = 1.0,
+    weight: Annotated[PerModel, Ge(0)] = 1.0,
 ) -> Tensor:
     """MaTS with diagonal Fisher information: Fisher averaging, iterated from the mean.
 

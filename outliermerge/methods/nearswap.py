@@ -6,7 +6,9 @@ Shape suffixes: M models (1), E elements.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
 
 from outliermerge.methods.contract import merge_method
 from outliermerge.methods.kernel_call import Kernel, KernelCall
@@ -25,7 +27,7 @@ def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCa
     paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
     kernel=Kernel("nearswap", _kernel),
 )
-def nearswap(deltas_ME: Tensor, *, t: float = 0.0001) -> Tensor:
+def nearswap(deltas_ME: Tensor, *, t: Annotated[float, Ge(0)] = 0.0001) -> Tensor:
     """Take from a model what is near the base's weight, and go towards the rest by t at most.
 
     s = t / max(|ΔW₁|, 1e-6), at least 0 and at most 1; W* = W + sΔW₁.

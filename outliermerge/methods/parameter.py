@@ -12,6 +12,14 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 _PER_MODEL = "one value per model"
+_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32, in which merges compute
+
+MOST_STEPS = 1_000_000
+"""The most steps or directions that a parameter may ask for."""
+
+AT_MOST_MODELS = "at most as many as there are models"
+"""Annotates a number of models, which is at most that of the models of the merge."""
+
 PerModel: TypeAlias = Annotated[Any, _PER_MODEL]
 """Annotates a parameter that each model may set for itself; the function gets shape (M,)."""
 
@@ -31,6 +39,7 @@ class Parameter:
         bounds: the range of valid values.
         choices: the valid texts; empty where every text is valid.
         python_name: the function's keyword.
+        counts_models: whether it is a number of models, at most those of the merge.
     """
 
     name: str
@@ -40,6 +49,7 @@ class Parameter:
     bounds: Interval
     choices: tuple[str, ...] = ()
     python_name: str = ""
+    counts_models: bool = False
 
     @property
     def range(self) -> str:
@@ -50,7 +60,8 @@ class Parameter:
             ("≥", self.bounds.ge), (">", self.bounds.gt),
             ("≤", self.bounds.le), ("<", self.bounds.lt),
         )  # fmt: skip
-        return ", ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
+        said = [f"{sign} {limit}" for sign, limit in limits if limit is not None]
+        return ", ".join([*said, *(["≤ the number of models"] if self.counts_models else [])])
 
     def check(self, value: object) -> Any:
         """Return one value, converted to the parameter's type.
@@ -81,6 +92,8 @@ class Parameter:
         number: Any = converted
         if self.type is float and not math.isfinite(number):
             raise ValueError(f"found {value!r}, expected a finite number")
+        if self.type is float and abs(number) > _LARGEST:
+            raise ValueError(f"found {value!r}, expected a number of at most {_LARGEST:.3g}")
         low = (self.bounds.ge is not None and not number >= self.bounds.ge) or (
             self.bounds.gt is not None and not number > self.bounds.gt
         )
@@ -90,6 +103,14 @@ class Parameter:
         if low or high:
             raise ValueError(f"found {value!r}, expected {kind[self.type]} {self.range}")
         return converted
+
+    def check_count(self, value: Any, num_models: int) -> None:
+        """Raise ValueError for a number of models that is larger than that of a merge."""
+        if self.counts_models and value > num_models:
+            raise ValueError(
+                f"found {value} with {num_models} model(s), expected at most as many as there are "
+                "models"
+            )
 
 
 def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parameter:
@@ -129,4 +150,5 @@ def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parame
         bounds=Interval(**bounds),
         choices=choices,
         python_name=keyword.name,
+        counts_models=AT_MOST_MODELS in metadata,
     )

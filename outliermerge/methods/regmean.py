@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 
 from outliermerge.methods.averaging import check_weights, unless_measured
 from outliermerge.methods.context import Context
@@ -190,7 +190,7 @@ def regmean(
     gram: Tensor,
     context: Context,
     reduce: Annotated[float, Interval(ge=0, le=1)] = 0.9,
-    weight: PerModel = 1.0,
+    weight: Annotated[PerModel, Ge(0)] = 1.0,
 ) -> Tensor:
     """RegMean: linear layers that answer the models' own inputs as the models do.
 

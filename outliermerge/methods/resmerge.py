@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import merge_method
 from outliermerge.methods.matrices import decomposed, of_each, unless_matrix
-from outliermerge.methods.parameter import PerModel
+from outliermerge.methods.parameter import MOST_STEPS, PerModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def resmerge(
     deltas: Tensor,
     *,
     context: Context,
-    rank: Annotated[int, Ge(1)] = 1,
+    rank: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = 1,
     head_ratio: Annotated[float, Ge(0)] = 0.2,
     beta_min: Annotated[float, Ge(0)] = 0.7,
     beta_max: Annotated[float, Ge(0)] = 1.0,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from annotated_types import Gt, Interval
 
 from outliermerge.methods.averaging import normalized, weighted_sum
 from outliermerge.methods.contract import merge_method
 from outliermerge.methods.kernel_call import Kernel, KernelCall, to_float32
-from outliermerge.methods.parameter import PerModel
+from outliermerge.methods.parameter import MOST_STEPS, PerModel
 from outliermerge.methods.statistics.gram import Gram
 
 if TYPE_CHECKING:
@@ -151,7 +153,7 @@ def multislerp_of_deltas(
     gram: Tensor,
     weight: PerModel = 1.0,
     normalize_weights: bool = True,
-    eps: float = 1e-8,
+    eps: Annotated[float, Gt(0)] = 1e-8,
 ) -> Tensor:
     """Barycentre of task vectors on a sphere around the base model; see multislerp."""
     weights = weight.tolist()
@@ -173,7 +175,7 @@ def multislerp(
     gram: Tensor,
     weight: PerModel = 1.0,
     normalize_weights: bool = True,
-    eps: float = 1e-8,
+    eps: Annotated[float, Gt(0)] = 1e-8,
 ) -> Tensor:
     """Barycentre of two or more models on a sphere; with a base model, of task vectors.
 
@@ -257,7 +259,13 @@ def _karcher_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> 
     paper="doi 10.1002/cpa.3160300502",
     kernel=Kernel("weighted_sum", _karcher_kernel),
 )
-def karcher(weights_ME: Tensor, *, gram: Tensor, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
+def karcher(
+    weights_ME: Tensor,
+    *,
+    gram: Tensor,
+    max_iter: Annotated[int, Interval(ge=0, le=MOST_STEPS)] = 10,
+    tol: Annotated[float, Gt(0)] = 1e-5,
+) -> Tensor:
     """Karcher mean: the point of a sphere with the least squared angles to all models.
 
     uᵢ = Wᵢ / ‖Wᵢ‖; m ← exp_m(mean of log_m(uᵢ)), from the mean's direction on, until a step is

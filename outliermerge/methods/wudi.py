@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Interval
 
 from outliermerge.methods.contract import merge_method
 from outliermerge.methods.matrices import eigenvectors, of_each, unless_matrix
-from outliermerge.methods.parameter import PerModel
+from outliermerge.methods.parameter import MOST_STEPS, PerModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,8 +129,8 @@ def _start(wide_MRC: Tensor, start: str) -> Tensor:
 def wudi(
     deltas: Tensor,
     *,
-    iterations: Annotated[int, Ge(0)] = 300,
-    learning_rate: Annotated[float, Gt(0)] = 1e-5,
+    iterations: Annotated[int, Interval(ge=0, le=MOST_STEPS)] = 300,
+    learning_rate: Annotated[float, Interval(gt=0, le=1)] = 1e-5,
     start: Start = "sum",
     weight: PerModel = 1.0,
     lambda_: float = 1.0,

@@ -147,7 +147,7 @@ class Drafter:
         dtype = self._stored(own[1])
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
-        if self.method.space == "weight":
+        if self.method.space == "weight" or len(found) < self.method.min_models:
             found = tuple((n, held[name]) if name in held else own for n, held in self._held)
             holders = list(self.model_numbers)
         parameters = self.parameters.of(name, holders)

@@ -93,7 +93,8 @@ class Parameters:
                                   for k, v in given.items()))  # fmt: skip
         try:
             if values not in self._known:
-                self._known[values] = self._method.resolve(len(holders), given)
+                num_models = len(self._part.models)
+                self._known[values] = self._method.resolve(len(holders), given, of=num_models)
         except SpecError as error:
             raise SpecError(f"{self._spec.source.file}: tensor {name!r}: {error}") from error
         found = self._known[values]

@@ -336,7 +336,7 @@ def _check_merge(
         of_all = document.parameters
         settings = parameter_settings(of_all, method, ("parameters",), mistakes, of_model=False)
         for one in slices:
-            notes += check_required(method, {**one.settings, **settings}, one.models, mistakes)
+            notes += check_required(method, {**settings, **one.settings}, one.models, mistakes)
         if not is_sliced:
             notes += check_required(method, settings, models, mistakes)
     if method is not None and is_whole:

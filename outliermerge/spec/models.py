@@ -133,9 +133,19 @@ def check_required(
     """Return a note on a parameter that mergekit requires, and that nothing gives.
 
     Where the parameter is misspelt or misplaced, what was passed over becomes an error again:
-    mergekit takes it for none, and refuses the file.
+    mergekit takes it for none, and refuses the file. A number of models that is larger than that
+    of the models is an error, too.
     """
     notes = []
+    for name, parameter in method.parameters.items():
+        entries = settings[name].entries if name in settings else ()
+        values = [(value, entry.path) for entry in entries for value in entry.values]
+        for value, path in values or [(parameter.default, models[-1].path if models else ())]:
+            try:
+                parameter.check_count(value, len(models))
+            except ValueError as error:
+                said = str(error) if values else f"{name} is {value} if it is not given: {error}"
+                mistakes.found.append(mistakes.source.error(path, said))
     for name, methods in _REQUIRED.items() if mistakes.source.lenient else ():
         given = name in settings or any(name in model.settings for model in models)
         if given or method.name not in methods:

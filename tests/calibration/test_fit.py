@@ -116,7 +116,10 @@ def test_what_cannot_be_fitted_is_told(place, tmp_path, capsys):
     assert "expected task_arithmetic" in refused(2, merge_method="ties", parameters={})
     assert "found filters or several values" in refused(2, parameters={"weight": [0.1, 0.4]})
     assert "normalize: true" in refused(2, parameters={"normalize": True})
-    assert "expected more than 0" in refused(2, "--rate", "0")
+    for rate in ("0", "nan", "inf"):
+        assert "expected a number above 0" in refused(2, "--rate", rate)
+    large = {"weight": 3e38, "lambda": 3e38}
+    assert "infinite, NaN or too large for float32" in refused(1, parameters=large)
     other = {"models": [{"model": str(place / "m0")}, {"model": str(tmp_path / "other")}]}
     save_text_model(tmp_path / "other", seed=3)
     weights = load_folder(tmp_path / "other")
@@ -131,7 +134,9 @@ def test_the_function_gives_a_spec_that_the_command_writes(place, tmp_path):
     spec, data = yaml.safe_load((place / "merge.yaml").read_text()), place / "data.jsonl"
     found = outliermerge.fit(spec, data, by="model", steps=2)
     assert found.document == yaml.safe_load((tmp_path / "fitted.yaml").read_text())
-    with pytest.raises(outliermerge.ArgumentError, match="rate: found 0, expected more than 0"):
+    with pytest.raises(
+        outliermerge.ArgumentError, match="rate: found 0, expected a number above 0"
+    ):
         outliermerge.fit(spec, data, rate=0)
     with pytest.raises(outliermerge.ArgumentError, match="steps: found 0, expected a whole number"):
         outliermerge.fit(spec, data, steps=0)

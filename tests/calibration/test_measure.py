@@ -22,10 +22,11 @@ from torch import Tensor
 import outliermerge
 from outliermerge import OutlierMergeError, SpecError
 from outliermerge.calibration.data import Sample, read_samples, samples_hash
-from outliermerge.calibration.measure import Wanted, measure
+from outliermerge.calibration.measure import Wanted, held, measure
 from outliermerge.calibration.model import Feeder, Loaded, load
 from outliermerge.calibration.sums import Summing, Sums, in_groups, units_of
 from outliermerge.cli.main import main
+from outliermerge.output.journal import Journal
 
 SAMPLES = [
     *(Sample(f"number {n} is {n * n}.") for n in range(6)),
@@ -259,6 +260,33 @@ def test_images_go_through_the_processor_of_a_vlm(tmp_path):
     assert all(fisher[name].shape == stored[name].shape for name in fisher)
     Path(tmp_path / "1.png").write_bytes(b"no image")
     assert main([*given, "-o", str(tmp_path / "x")]) == 1
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]], ids=str)
+def test_another_process_that_writes_the_folder_is_told(fresh, place, tmp_path, capsys):
+    given = ["measure", str(place / "a"), "--data", str(place / "data.jsonl"), "-q", *fresh]
+    given += ["--statistics", "mean", "-o", str(tmp_path / "s")]
+    with held(tmp_path / "s", fresh=False):
+        (tmp_path / "s.partial").mkdir()
+        (tmp_path / "s.partial/measures.json").write_text("{}")
+        assert main(given) == 1
+        said = capsys.readouterr().err.strip()
+        assert said.startswith(f"error: {tmp_path / 's'}: another run (process ")
+        assert "\n" not in said
+        assert (tmp_path / "s.partial/measures.json").exists()
+    shutil.rmtree(tmp_path / "s.partial")
+    assert main(given) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_folder_that_a_merge_has_begun_is_left_to_it(place, tmp_path, capsys):
+    journal = Journal(tmp_path / "s")
+    journal.begin({"spec": "a merge"})
+    journal.close()
+    given = ["measure", str(place / "a"), "--data", str(place / "data.jsonl"), "-q"]
+    assert main([*given, "-o", str(tmp_path / "s")]) == 1
+    assert "was begun by a merge" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["s.partial.journal"]
 
 
 def test_a_shared_weight_is_no_linear_layer(tmp_path):

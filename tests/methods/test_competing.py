@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import outliermerge
-from outliermerge import OutlierMergeError
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 
 SHAPES = {"wide": (300, 251), "vector": (2003,), "one": (1,), "kernel": (6, 3, 2, 2)}
@@ -157,9 +156,3 @@ def test_ranks_over_tensors_of_several_dtypes_are_found(method, parameters, stat
     wide = outliermerge.merge_state_dicts([models, other], base=base, method=method, **parameters)
     for name, tensor in merged.items():
         assert torch.allclose(tensor.double(), wide[name], atol=1e-5), name
-
-
-def test_a_consensus_of_more_than_the_models_is_refused(states):
-    base, models = states
-    with pytest.raises(OutlierMergeError, match=r"a consensus of 4 with 3 model\(s\), expected at"):
-        outliermerge.merge_state_dicts(models, base=base, method="consensus_ta", consensus=4)

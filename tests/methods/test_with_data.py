@@ -327,7 +327,7 @@ def test_the_plan_says_what_is_averaged_and_counts_what_is_read(place):
 def test_weights_below_0_are_refused(place):
     spec = spec_of(place, "fisher", 2)
     spec["models"][0]["parameters"]["weight"] = -1
-    with pytest.raises(SpecError, match="expected none below 0"):
+    with pytest.raises(SpecError, match="expected a number ≥ 0"):
         outliermerge.plan(spec)
 
 
