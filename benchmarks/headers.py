@@ -2,7 +2,7 @@
 
 The files have the names and shapes of the real ones, in FP8 with scales, and are sparse: a server
 on the loopback has no more to give than the headers. The plan is the real one: of local files,
-and from the server. A run of local files is ended when it begins with its first tensor.
+and from the server. A run of local files is ended when it would read its first tensor.
 
     python benchmarks/headers.py [--runs 3] [--latency 30] [--line 1] [--work 10]
 """
@@ -148,24 +148,24 @@ def planned(spec: dict[str, Any]) -> tuple[dict[str, float], Any]:
 
 
 class _FirstTensorError(Exception):
-    """Ends a run when it begins with its first tensor."""
+    """Ends a run when it would read its first tensor."""
 
 
 def started(spec: dict[str, Any], output: Path) -> dict[str, float]:
-    """Return what a run takes in this process until it begins with its first tensor.
+    """Return what a run takes in this process until it would read its first tensor.
 
     The output's files are holes, as no disk is at hand that has room for them.
     """
     import outliermerge
-    from outliermerge.execution.jobs import JobRunner
+    from outliermerge.execution import threads
     from outliermerge.output import folder, writer
 
-    def run(*arguments: Any) -> Any:
+    def run_all(*arguments: Any, **options: Any) -> None:
         raise _FirstTensorError
 
     folder.free_disk_bytes = lambda path: 2**60
     writer.reserve = os.ftruncate
-    JobRunner.run = run
+    threads.run_all = run_all
     cpu, wall = time.process_time(), time.perf_counter()
     try:
         outliermerge.run(spec, output=output)
