@@ -15,30 +15,32 @@ from outliermerge.output.load_worker import Unknown, check_type, find_class, loa
 
 
 def main() -> None:
-    """Read a part, as `load_worker.check_part` takes it; write its kinds, or why it has none.
-
-    The kinds are those of `holding.LAYERS` and `holding.EXPERTS`, by module, or `other`; of modules
-    with packed experts the names of their parameters are told, too.
-    """
+    """Read a part, as `load_worker.check_part` takes it, and write what its class says of it."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # text that the libraries print goes to standard error
-    part = json.load(sys.stdin)
-    found: dict[str, Any]
+    found = asked(json.load(sys.stdin))
+    with answer:
+        json.dump(found, answer)
+
+
+def asked(part: dict[str, Any]) -> dict[str, Any]:
+    """Return by module its kind, and of those with packed experts their parameters; or why not.
+
+    The kinds are those of `holding.LAYERS` and `holding.EXPERTS`, or `other`.
+    """
     try:
         modules = _modules(part)
         kinds = {name: _kind(module) for name, module in modules.items()}
-        orders = {
-            name: [one for one, _ in module.named_parameters(recurse=False)]
-            for name, module in modules.items()
-            if kinds[name].endswith("experts")
-        }
-        found = {"kinds": kinds, "orders": orders}
     except Unknown as unknown:
-        found = {"unknown": str(unknown)}
+        return {"unknown": str(unknown)}
     except Exception as error:  # from_pretrained may raise anything for a wrong config
-        found = {"unknown": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    with answer:
-        json.dump(found, answer)
+        return {"unknown": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    orders = {
+        name: [parameter for parameter, _ in modules[name].named_parameters(recurse=False)]
+        for name, kind in kinds.items()
+        if kind.endswith("experts")
+    }
+    return {"kinds": kinds, "orders": orders}
 
 
 def _modules(part: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def _kind(module: Any) -> str:
     if isinstance(module, nn.Conv2d):
         return "convolution" if module.groups == 1 else "other"
     kinds = {nn.Linear: "linear", Conv1D: "transposed", nn.Embedding: "embedding"}
-    if (kind := next((kinds[cls] for cls in kinds if isinstance(module, cls)), "")) != "":
+    if kind := next((kinds[cls] for cls in kinds if isinstance(module, cls)), ""):
         return kind
     shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
     if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import replace
 
 from outliermerge.checkpoint.config import read_json
@@ -19,8 +18,7 @@ def in_memory(base: Input, model: Input) -> tuple[Input, Input]:
     said = read_json(base.home / "config.json")
     known = known_of(said)
     made = [converted(entry.checkpoint.tensors, known, said, {}) for entry in (base, model)]
-    named = {*base.checkpoint.tensors, *model.checkpoint.tensors}
-    if not any(_has_packed(one, named) for one in made):
+    if not any(map(_has_packed, made, (base, model))):
         return base, model
     first, second = (
         replace(entry, checkpoint=replace(entry.checkpoint, tensors=tensors))
@@ -30,9 +28,11 @@ def in_memory(base: Input, model: Input) -> tuple[Input, Input]:
     return first, second
 
 
-def _has_packed(made: Converted, named: Container[str]) -> bool:
-    """Tell whether experts are packed under names that no file has."""
+def _has_packed(made: Converted, entry: Input) -> bool:
+    """Tell whether experts are packed under names that the model's files do not have."""
     return any(
-        len(source.shape) == 3 and not name.endswith(".weight") and name not in named
+        len(source.shape) == 3
+        and not name.endswith(".weight")
+        and name not in entry.checkpoint.tensors
         for name, source in made.tensors.items()
     )

@@ -315,7 +315,6 @@ class Making:
     def _identity(self) -> dict[str, Any]:
         """Return the facts that must be equal for a killed run to be continued, in user's words."""
         held = repr([(name, how, self.tensors[name]) for name, how in self.hows.items()])
-        inputs = (self.pairs.stored, *(self.pairs.model.made_of or (self.pairs.model,)))
         return {
             "the outliermerge version": version("outliermerge"),
             "the torch version": version("torch"),
@@ -324,13 +323,6 @@ class Making:
             "how tensors are paired and held": xxhash.xxh3_128_hexdigest(
                 held.encode("utf-8", "surrogatepass")
             ),
-            **{
-                f"the files of {entry.reference}": [
-                    [str(stamp.path), stamp.num_bytes, stamp.mtime_ns]
-                    for stamp in entry.checkpoint.weight_files
-                ]
-                for entry in inputs
-            },
         }
 
     def _tokenizer(self) -> dict[str, Path]:

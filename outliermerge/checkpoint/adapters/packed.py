@@ -253,10 +253,10 @@ def _is_before_swap(version: str) -> bool | None:
 
 def lacks_parameters(config: Mapping[str, object], names: Mapping[str, Source]) -> bool:
     """Tell whether a config names parameters, or whole modules, of which a model has none."""
-    for key, end in (("target_parameters", ""), ("modules_to_save", ".")):
+    modules = {name.rpartition(".")[0] for name in names}
+    for key, every in (("target_parameters", names), ("modules_to_save", modules)):
         targets = config.get(key)
         for target in targets if isinstance(targets, list) else ():
-            own = f".{target}{end}"
-            if not any(own in f".{name}" if end else matches_end(name, target) for name in names):
+            if not any(matches_end(name, str(target)) for name in every):
                 return True
     return False
