@@ -120,7 +120,7 @@ class AdapterFolder:
             self._journal.sync()  # then even after a power cut the folder is known as ours
         with naming(self.folder / WEIGHTS_NAME, "written"):
             self._file = os.fdopen(open_weights(self.folder, WEIGHTS_NAME), "wb")
-            self._file.truncate(8 + self._room + self._end)
+            os.ftruncate(self._file.fileno(), 8 + self._room + self._end)
             self._file.seek(8 + self._room + self._end)
 
     def _take_over(self, marks: Mapping[str, list[int]]) -> bool:
