@@ -113,6 +113,13 @@ _KINDS: dict[str, _Kind] = {
     ),
     "memory": (lambda value: isinstance(value, (int, float, str)), 'a size such as "2GiB"'),
     "models": (_is_list, "a list"),
+    **dict.fromkeys(
+        ("include", "exclude"),
+        (
+            lambda value: _is_list(value) and all(isinstance(part, str) and part for part in value),
+            "a list of parts of names",
+        ),
+    ),
     "noises": (lambda value: _is_list(value) and all(map(_NUMBER[0], value)), "a list of numbers"),
     "rename": (lambda value: value is None or isinstance(value, str), "a text"),
     "name": (lambda value: isinstance(value, str), "a text"),

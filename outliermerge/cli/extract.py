@@ -84,6 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a merge of LoRAs: merge small matrices between bases of all (Core Space)",
     )
+    for name, what in (("include", "only"), ("exclude", "no")):
+        parser.add_argument(
+            f"--{name}",
+            metavar="PART",
+            action="append",
+            default=[],
+            help=f"{what} tensors with this part in their name; may be given several times",
+        )
     parser.add_argument(
         "--by",
         choices=("module", "tensor"),
@@ -102,6 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get(LOAD_CHECK_VARIABLE) != "0",
         help="ask transformers, where installed, of which kinds the modules are, and refuse what "
         f"peft would not load (default, unless {LOAD_CHECK_VARIABLE}=0)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over instead of going on with a killed run"
     )
     add_rename(parser)
     add_machine(parser)
@@ -126,6 +137,9 @@ def run(options: argparse.Namespace) -> int:
             seed=options.seed,
             dtype=options.dtype,
             core=options.core,
+            include=options.include,
+            exclude=options.exclude,
+            fresh=options.fresh,
             rename=options.rename,
             device=options.device,
             threads=options.threads,
@@ -162,7 +176,8 @@ def _print(made: Extraction, *, by: str) -> None:
     print_words(
         console,
         f"wrote {made.output}: {human_bytes(made.num_bytes)}, {made.seconds:.1f} s; "
-        f"{len(made.tensors)} tensors differ, {made.num_unchanged} do not",
+        f"{len(made.tensors)} tensors differ, {made.num_unchanged} do not"
+        + (f", {made.num_excluded} were not chosen" if made.num_excluded else ""),
         "bold",
     )
     print_words(
@@ -195,11 +210,13 @@ def _range(ends: list[str]) -> str:
 
 COMMAND = Command(
     summary="make an adapter (LoRA) of what a model, or a merge, and its base differ by",
+    goes_on=True,
     examples=(
         "outliermerge extract models/tuned --base models/minilm -o adapter --rank 16",
         "outliermerge extract org/tuned --base org/base -o adapter --energy 0.95 --rank 64",
         "outliermerge extract adapters.yaml -o merged-adapter",
         "outliermerge extract adapters.yaml -o merged-adapter --core --rank 16",
+        "outliermerge extract models/tuned --base models/base -o moved --rank 8 --include experts",
         "outliermerge extract models/tuned --base models/base -o adapter --error 0.1 \\\n"
         "      --factor-embeddings --dtype bfloat16 --json",
     ),

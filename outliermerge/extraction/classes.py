@@ -28,11 +28,13 @@ class Classes:
     Attributes:
         name: of the class; empty if it could not be asked.
         kinds: by name of a module its kind.
+        orders: by name of a module with packed experts its parameters.
         why_not: why it could not be asked.
     """
 
     name: str = ""
     kinds: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, list[str]] = field(default_factory=dict)
     why_not: str = ""
 
     def may_have(self, module: str) -> bool:
@@ -51,9 +53,8 @@ class Classes:
                 f"{self.name} has no modules of these names, as its files have other names "
                 f"than its class, so that peft would not load all of the adapter:\n"
                 f"{listing(map(shown, unknown), limit=5)}\n`layout: transformers` in a spec brings "
-                f"models into the class's layout (of packed experts there is no adapter). "
-                f"Without this check ({argument('load_check', False)}) the adapter has the "
-                "files' names."
+                f"models into the class's layout. Without this check "
+                f"({argument('load_check', False)}) the adapter has the files' names."
             )
 
 
@@ -80,4 +81,4 @@ def classes_of(model: Input) -> Classes:
     found = json.loads(done.stdout)
     if "unknown" in found:
         return Classes(why_not=found["unknown"])
-    return Classes(part.class_name, found["kinds"])
+    return Classes(part.class_name, found["kinds"], found["orders"])

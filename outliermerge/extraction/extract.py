@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,10 @@ def extract(
     seed: int = 0,
     dtype: str = "float32",
     core: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     rename: str | None = None,
+    fresh: bool = False,
     device: str = "cpu",
     threads: int = 0,
     memory: int | str = "4GiB",
@@ -50,8 +53,10 @@ def extract(
     """Write what a model, or a merge, and its base differ by as an adapter of peft.
 
     Each matrix that differs is factored: W' − W ≈ BA, by its largest singular values. Embeddings,
-    heads, vectors, and matrices of which the factors would be larger, are saved whole. The error
-    of each tensor is measured of the factors as they are written. Nothing is left out in silence.
+    heads, vectors, and matrices of which the factors would be larger, are saved whole. Of experts
+    that the model's class packs into one tensor each is factored, all with the rank of the one
+    that needs most. The error of each tensor is measured of the factors as they are written.
+    Nothing is left out in silence. A killed extraction goes on when it is called again.
 
     A weighted sum of adapters (`task_arithmetic`, `linear`) is made of their factors. Without
     `rank`, `energy` and `error` all of it is kept: the factors are joined, and the ranks add up.
@@ -71,7 +76,11 @@ def extract(
         dtype: of the factors: float32, bfloat16 or float16.
         core: merge adapters in core space (arXiv 2509.17786): the method merges small matrices
             between bases of all adapters, and the result has the sum of their ranks at most.
+        include: parts of names, as a spec's filters; only tensors with one of them are compared.
+            The others stay the base's.
+        exclude: parts of names; tensors with one of them stay the base's.
         rename: from the model's tensor names to the base's: a named map, or rules as YAML.
+        fresh: start over instead of going on with a killed extraction.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         threads: how many matrices are factored at once; 0 chooses by processors and `memory`.
         memory: most memory for what is computed at once.
@@ -87,19 +96,20 @@ def extract(
             cannot be held, or nothing differs.
     """
     settings = Settings(
-        rank, energy, error, factor_embeddings, partial, randomized, seed, dtype, core
-    )
+        rank, energy, error, factor_embeddings, partial, randomized, seed, dtype, core,
+        tuple(include), tuple(exclude),
+    )  # fmt: skip
     settings.wanted(of_merge=is_merge(model))
     require_torch("an extraction")
     with watching(Watched()):
-        pairs = _pairs(model, base, rename)
+        pairs = _pairs(model, base, rename).chosen(include, exclude)
         making = Making(
             pairs, settings, device=choose_device(device), threads=threads,
             memory_bytes=parse_bytes(str(memory), "memory"),
             classes=classes_of(pairs.base) if load_check else Classes(),
         )  # fmt: skip
         on_total(making.work_bytes)
-        return making.make(as_local(output), on_progress)
+        return making.make(as_local(output), on_progress, fresh=fresh)
 
 
 def _pairs(

@@ -76,6 +76,7 @@ class Factors:
         norm: the Frobenius norm of the change.
         error: that of what is lost, over it.
         rank: the rank.
+        worst: of packed experts the largest error of one of them.
     """
 
     b_Rr: Tensor | None
@@ -83,6 +84,7 @@ class Factors:
     norm: float
     error: float
     rank: int
+    worst: float | None = None
 
 
 class Change:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from outliermerge.errors import (
     quoted,
     shown,
 )
+from outliermerge.extraction.layout import in_memory
 from outliermerge.planning.architectures import compare_architectures
 from outliermerge.planning.buffers import is_computed
 from outliermerge.planning.inputs import open_model
@@ -24,6 +25,7 @@ from outliermerge.planning.tied import tied_heads, with_embeddings
 from outliermerge.planning.tied_names import is_head
 from outliermerge.spec.rename import Rename, best_rename, parse_rename
 from outliermerge.spec.settings import SettingError
+from outliermerge.spec.similar import part_meant
 from outliermerge.spec.text import plain_yaml
 from outliermerge.storage.addresses import without_secrets
 
@@ -39,26 +41,67 @@ class Pairs:
     """A base and a model, tensor by tensor.
 
     Attributes:
-        base, model: the two.
+        base, model: the two, with packed experts as their class has them in memory.
+        stored: the base as its files are.
         tensors: (base, model) by the base's name, where both have the tensor.
         apart: tensors that only one of them has, and why no adapter can hold them.
         heads: by name of a head the embeddings that both tie it to; it is not among the tensors.
         twins: what must be equal: the message if it is not, the name, the two tensors.
         notes: notes for the user.
+        excluded: the tensors that stay the base's, as they were not chosen.
     """
 
     base: Input
     model: Input
+    stored: Input
     tensors: Mapping[str, Pair]
     apart: Mapping[str, str]
     heads: Mapping[str, str]
     twins: tuple[tuple[str, str, Pair], ...]
-
     notes: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     def with_twins(self, twins: Iterable[tuple[str, str, Pair]], notes: Iterable[str]) -> Pairs:
         """Return the same with more that must be equal, and notes."""
         return replace(self, twins=(*self.twins, *twins), notes=(*self.notes, *notes))
+
+    def chosen(self, include: Sequence[str], exclude: Sequence[str]) -> Pairs:
+        """Return the same with only the tensors that were chosen; the others are the base's.
+
+        Args:
+            include: parts of names; only tensors with one of them are chosen. All, if empty.
+            exclude: parts of names; tensors with one of them are not chosen.
+
+        Raises:
+            ArgumentError: a part is in no name, or nothing is left.
+        """
+        names = dict.fromkeys([*self.tensors, *self.apart, *self.heads])
+        for key, parts in (("include", include), ("exclude", exclude)):
+            for part in parts:
+                if not any(part in name for name in names):
+                    raise ArgumentError(
+                        f"{argument(key)}: {quoted(part)} is in no tensor's name. "
+                        f"{part_meant(part, names)}"
+                    )
+
+        def is_chosen(name: str) -> bool:
+            is_in = not include or any(part in name for part in include)
+            return is_in and not any(part in name for part in exclude)
+
+        if not any(map(is_chosen, names)):
+            raise ArgumentError(
+                f"{argument('include')} and {argument('exclude')} leave no tensor: name others"
+            )
+        return replace(
+            self,
+            tensors={
+                name: pair if is_chosen(name) else (pair[0], pair[0])
+                for name, pair in self.tensors.items()
+            },
+            apart={name: why for name, why in self.apart.items() if is_chosen(name)},
+            twins=tuple(twin for twin in self.twins if is_chosen(twin[1])),
+            excluded=tuple(name for name in self.tensors if not is_chosen(name)),
+        )
 
     @property
     def architectures(self) -> list[str]:
@@ -102,6 +145,8 @@ def paired(base: Input, model: Input) -> Pairs:
             f"{shown(base.reference)}: has several models ({', '.join(components)}), and an "
             f"adapter is of one: name its folder, as {shown(base.reference)}/{components[0]}"
         )
+    stored = base
+    base, model = in_memory(base, model)
     theirs, ours = dict(base.checkpoint.tensors), dict(model.checkpoint.tensors)
     before, after = _ties(base), _ties(model)
     heads, twins = {}, list[tuple[str, str, Pair]]()
@@ -134,7 +179,7 @@ def paired(base: Input, model: Input) -> Pairs:
         if name not in others and not is_computed(name, source)
     }
     notes = dict.fromkeys((*base.checkpoint.notes, *model.checkpoint.notes))
-    return Pairs(base, model, common, apart, heads, tuple(twins), tuple(notes))
+    return Pairs(base, model, stored, common, apart, heads, tuple(twins), tuple(notes))
 
 
 def _ties(entry: Input) -> dict[str, str]:

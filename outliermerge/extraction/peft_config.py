@@ -6,14 +6,19 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
+# The peft that has laid out factors of packed experts as they are written here first.
+_LAYOUT_SINCE = "0.19.0"
+
 
 def peft_config(
     *,
     base: str,
     architectures: Collection[str],
     ranks: Mapping[str, int],
+    parameters: Mapping[str, int],
     whole: Collection[str],
     all_modules: Collection[str],
+    all_tensors: Collection[str],
     has_biases: bool,
     is_tied: bool,
     is_transposed: bool,
@@ -24,14 +29,21 @@ def peft_config(
         base: the name of the base model.
         architectures: of the base's config.
         ranks: by name of a factored module its rank.
+        parameters: the same of what is factored as a parameter.
         whole: the modules that are saved whole.
         all_modules: the names of all modules, and of those that they are in.
+        all_tensors: the names of all tensors.
         has_biases: the file has biases.
         is_tied: embeddings and head are one tensor, and are changed as one.
         is_transposed: layers store their weights (in, out).
     """
-    rank, _ = Counter(ranks.values()).most_common(1)[0] if ranks else (1, 0)
-    pattern = _rank_pattern(ranks, rank)
+    every = {**ranks, **parameters}
+    rank, _ = Counter(every.values()).most_common(1)[0] if every else (1, 0)
+    pattern = _rank_pattern(every, rank)
+    of_parameters = {
+        "target_parameters": _targets(parameters, all_tensors),
+        "peft_version": _LAYOUT_SINCE,
+    }
     is_causal = any(str(name).endswith("ForCausalLM") for name in architectures)
     return {
         "peft_type": "LORA",
@@ -51,19 +63,20 @@ def peft_config(
         "target_modules": _targets(ranks, all_modules),
         "modules_to_save": sorted(whole) or None,
         "ensure_weight_tying": is_tied,
+        **(of_parameters if parameters else {}),
     }
 
 
-def _targets(ranks: Mapping[str, int], all_modules: Collection[str]) -> list[str]:
-    """Return the shortest names that match the factored modules and no others.
+def _targets(ranks: Mapping[str, int], every: Collection[str]) -> list[str]:
+    """Return the shortest names that match the factored modules, or parameters, and no others.
 
     >>> _targets({"a.0.q": 1, "a.1.q": 1, "a.0.v": 1}, ["a", "a.0", "a.1", "a.0.q", "a.1.q",
     ...     "a.0.v", "a.1.v"])
     ['a.0.v', 'q']
     """
     own = Counter(map(_last, ranks))
-    every = Counter(map(_last, all_modules))
-    return sorted({_last(m) if own[_last(m)] == every[_last(m)] else m for m in ranks})
+    others = Counter(map(_last, every))
+    return sorted({_last(m) if own[_last(m)] == others[_last(m)] else m for m in ranks})
 
 
 def _rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:

@@ -31,6 +31,8 @@ class Settings:
     seed: int = 0
     dtype: str = "float32"
     core: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     def wanted(self, *, of_merge: bool = False) -> Wanted:
         """Return how each matrix is factored.
@@ -87,11 +89,14 @@ class Extracted:
     Attributes:
         name: its name in the base.
         shape: its shape.
-        how: `linear`, `transposed`, `embedding` or `convolution` (factored), `bias` or `whole`.
+        how: `linear`, `transposed`, `embedding`, `convolution`, `experts`, `turned experts` (whose
+            class multiplies by them as they are stored) or `parameter` (all factored), `bias` or
+            `whole`.
         rank: of the factors; 0 if it is not factored.
         norm: the Frobenius norm of the change; NaN where the base has another shape.
         error: the norm of what is lost, over it.
         num_bytes: what the adapter's file has for it.
+        worst: of packed experts the largest error of one of them; None of what is not.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Extracted:
     norm: float
     error: float
     num_bytes: int
+    worst: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -119,6 +125,7 @@ class Extraction:
         settings: what was asked.
         tensors: the tensors that it changes, in the base's order.
         num_unchanged: tensors that are as in the base.
+        num_excluded: tensors that were not chosen, and not compared.
         left_out: changed tensors that it does not hold, and why (`partial`).
         notes: what a person should know of it.
         num_bytes: of its tensors.
@@ -131,6 +138,7 @@ class Extraction:
     settings: Settings
     tensors: tuple[Extracted, ...]
     num_unchanged: int
+    num_excluded: int
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
     num_bytes: int
@@ -163,6 +171,7 @@ class Extraction:
             "settings": asdict(self.settings),
             "error": self.error,
             "num_unchanged": self.num_unchanged,
+            "num_excluded": self.num_excluded,
             "num_bytes": self.num_bytes,
             "seconds": round(self.seconds, 3),
             "left_out": dict(self.left_out),

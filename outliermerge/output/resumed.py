@@ -12,12 +12,18 @@ from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.passes import needs_of
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.machine import cache_folder
+from outliermerge.storage.stamps import FileStamp
 from outliermerge.storage.stand_ins import elsewhere, stand_in
 
 _NAMED_BY_CONTENTS = ("stages", "gguf")  # folders of the cache
 
 
 def marks_of(plan: Plan) -> dict[str, list[int]]:
+    """Return the marks of the files that a plan reads."""
+    return marks_of_files(plan.files)
+
+
+def marks_of_files(files: Iterable[tuple[Path, FileStamp | None]]) -> dict[str, list[int]]:
     """Return for each file the numbers that show whether it is unchanged, as JSON values.
 
     A model that was copied or fetched again has other numbers, even with the same bytes and times.
@@ -27,7 +33,7 @@ def marks_of(plan: Plan) -> dict[str, list[int]]:
     """
     return {
         str(path): [stamp.inode, stamp.ctime_ns]
-        for path, stamp in plan.files
+        for path, stamp in files
         if stamp is not None and not _is_told_by_path(path)
     }
 

@@ -7,93 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from checkpoints import load_folder
-from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.quantization.lifecycle.forward import quantize
-from compressed_tensors.quantization.utils import calculate_qparams
 from quantizing import (
     NF4,
     PACKED,
     PLAIN,
     checkpoint,
-    compressed_config,
     dequantised,
     read,
-    scheme,
 )
+from stored_forms import KINDS, MXFP4, NAME, ORDER, SHAPE, four_bits, mxfp4
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import outliermerge
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.quantized.opened import dequantize
-
-NAME = "a.weight"
-MXFP4 = {"quant_method": "mxfp4"}
-UE8M0 = {"quant_method": "fp8", "weight_block_size": [16, 16], "scale_fmt": "ue8m0"}
-SHAPE = (48, 512)
-
-
-def _four_bits(values: torch.Tensor, kind: str, **more: Any) -> dict[str, torch.Tensor]:
-    codes, state = bnb.quantize_4bit(values, quant_type=kind, **more)
-    parts = state.as_dict(packed=True)
-    return {NAME: codes, **{f"{NAME}.{part}": value for part, value in parts.items()}}
-
-
-def _whole(values: torch.Tensor, bits: int, symmetric: bool, layout: str, **args: Any) -> Any:
-    """Return the parts that compressed-tensors stores, and the config."""
-    kind = scheme(type="int", num_bits=bits, symmetric=symmetric, **args)
-    assert kind.weights is not None
-    groups = values.view(len(values), -1, args.get("group_size", values.shape[1]))
-    scale, zero = calculate_qparams(groups.amin(2), groups.amax(2), kind.weights)
-    parts = {"weight": values, "weight_scale": scale}
-    if not symmetric:
-        parts["weight_zero_point"] = zero.to(torch.int8)
-    if layout == "pack-quantized":
-        made = BaseCompressor.get_value_from_registry(layout).compress(parts, kind)
-    else:
-        codes = quantize(values, scale, zero, kind.weights, dtype=torch.int8)
-        made = parts | {"weight": codes}
-    return {f"a.{k}": v for k, v in made.items()}, compressed_config(kind, layout=layout)
-
-
-def _mxfp4(values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return blocks and scales of experts (2, in, out), with any codes."""
-    experts = 2
-    generator = torch.Generator().manual_seed(0)
-    shape = (experts, SHAPE[0], SHAPE[1] // 64)
-    codes = torch.randint(0, 256, (*shape, 16), generator=generator).to(torch.uint8)
-    scales = torch.randint(118, 124, shape, generator=generator).to(torch.uint8)
-    return {f"{NAME}_blocks": codes, f"{NAME}_scales": scales}
-
-
-def _ue8m0(values: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    blocks = values.view(3, 16, 32, 16)
-    exponents = (blocks.abs().amax((1, 3)) / 448).log2().ceil()
-    codes = (blocks / exponents.exp2()[:, None, :, None]).view(SHAPE).to(torch.float8_e4m3fn)
-    scale = exponents.exp2()
-    if dtype == torch.uint8:
-        scale = (exponents + 127).to(dtype)
-    return {NAME: codes, f"{NAME}_scale_inv": scale}
-
-
-GROUP = {"strategy": "group", "group_size": 32}
-ROW = {"strategy": "channel"}
-KINDS: dict[str, Any] = {
-    "nf4": lambda v: (_four_bits(v, "nf4"), NF4),
-    "nf4, nested": lambda v: (_four_bits(v, "nf4", compress_statistics=True), NF4),
-    "fp4": lambda v: (_four_bits(v, "fp4", blocksize=128), NF4),
-    "mxfp4": lambda v: (_mxfp4(v), MXFP4),
-    "4 bits": lambda v: _whole(v, 4, True, "pack-quantized", **GROUP),
-    "4 bits, zero points": lambda v: _whole(v, 4, False, "pack-quantized", **GROUP),
-    "3 bits, zero points": lambda v: _whole(v, 3, False, "pack-quantized", **GROUP),
-    "8 bits": lambda v: _whole(v, 8, True, "pack-quantized", **ROW),
-    "int8, zero points": lambda v: _whole(v, 8, False, "int-quantized", **ROW),
-    "fp8, exponents": lambda v: (_ue8m0(v, torch.uint8), UE8M0),
-    "fp8, powers of 2": lambda v: (_ue8m0(v, torch.float32), UE8M0),
-}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,6 +131,52 @@ def test_what_is_moved_is_coded_as_its_owner_does(kind: str, tmp_path: Path) -> 
         assert same == 1 if "scale" in name or "absmax" in name else same > 0.999, name
 
 
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_columns_in_any_order_are_coded_with_their_own_scales(
+    zero_points: bool, tmp_path: Path
+) -> None:
+    """In float64: what is written is W's nearest code at the scale of each column's group."""
+    kind = f"4 bits,{' zero points,' * zero_points} groups in any order"
+    torch.manual_seed(0)
+    stored, config = KINDS[kind](torch.randn(SHAPE) * 0.02)
+    base = tmp_path / "base"
+    checkpoint(base, PLAIN | stored, config, dtype="float32")
+    before = _decoded(stored)
+    assert (_values(base).double() - before).abs().max() < 1e-8
+    task, wanted = _moved(base, tmp_path / "task", 3.0)
+    written = _merge(base, task, tmp_path / "out")
+    assert written["a.weight_g_idx"].equal(ORDER.int())
+    found, half = _decoded(written), len(wanted) // 2
+    assert found[half:].equal(before[half:])
+    assert (_values(tmp_path / "out").double() - found).abs().max() < 1e-8
+    scale = written["a.weight_scale"].double()[:, ORDER]
+    off = (found - wanted.double()).abs()[:half]
+    assert (off <= scale[:half] * (0.5 + 1e-6)).double().mean() > 0.99
+    assert (off <= scale[:half]).all()  # at the ends of a range
+    # Scales are of the values of a group's own columns.
+    for group in (0, 7):
+        own = wanted[:half, ORDER == group].double()
+        low, high = own.amin(1).clamp(max=0), own.amax(1).clamp(min=0)
+        span = (high - low) / 15 if zero_points else 2 * torch.maximum(-low, high) / 15
+        at = written["a.weight_scale"].double()[:half, group]
+        torch.testing.assert_close(at, span, rtol=1e-3, atol=0)
+
+
+def _decoded(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return (code − zero point) · scale of each column's group, in float64."""
+
+    def unpacked(words: torch.Tensor) -> torch.Tensor:
+        """Eight codes of a word, the lowest bits first, stored plus 8."""
+        return ((words[..., None].long() >> 4 * torch.arange(8)) & 15).flatten(-2) - 8
+
+    codes = unpacked(stored["a.weight_packed"]).double()
+    scale = stored["a.weight_scale"].double()
+    zero = torch.zeros_like(scale)
+    if "a.weight_zero_point" in stored:  # packed along the rows
+        zero = unpacked(stored["a.weight_zero_point"].T).T.double()[: len(scale)]
+    return (codes - zero[:, ORDER]) * scale[:, ORDER]
+
+
 def test_nested_scales_that_are_too_small_are_fitted_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     stored, config = KINDS["nf4, nested"](torch.randn(SHAPE) * 0.02)
@@ -232,7 +208,7 @@ def test_blocks_that_become_zeros_leave_nested_scales_as_they_are(tmp_path: Path
 
 
 def test_transformers_dequantises_what_is_written_as_ours_does(tmp_path: Path) -> None:
-    stored = _mxfp4(torch.empty(0))
+    stored = mxfp4(torch.empty(0))
     base = tmp_path / "base"
     checkpoint(base, PLAIN | stored, MXFP4, dtype="bfloat16")
     task, wanted = _moved(base, tmp_path / "task", 1.0)
@@ -248,7 +224,7 @@ OTHERS = {
     "awq": (*PACKED["awq"], r"config\.json is of awq, and these can be"),
     "codes stored as floats": (
         NF4,
-        lambda name, values: _four_bits(values, "nf4", quant_storage=torch.bfloat16),
+        lambda name, values: four_bits(values, "nf4", quant_storage=torch.bfloat16),
         r"of a kind that can only be read, or have other names in the output:\n.*a\.weight",
     ),
 }

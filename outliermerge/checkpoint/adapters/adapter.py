@@ -230,7 +230,7 @@ class _Adapter:
             for module in self.modules
             if module not in tokens
         }
-        self.layers |= {name: self.context.names(name) for name in self.packed.parameters}
+        self.layers |= {name: self.packed.names(name) for name in self.packed.parameters}
         base = self.base.tensors
         broken = broken_promises(self.config, self.patterns, self.layers, tokens, self.whole, base)
         for what in broken:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
+from pathlib import Path
 
-from outliermerge.checkpoint.adapters.config import CONFIG_NAME, matches_end
+from outliermerge.checkpoint.adapters.config import CONFIG_NAME, matches_end, without_wrappers
 from outliermerge.checkpoint.adapters.context import Context
 from outliermerge.checkpoint.adapters.keys import LayerParts
 from outliermerge.checkpoint.adapters.products import ExpertSum
 from outliermerge.checkpoint.adapters.tensors import LowRankSum, as_of
+from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.sources import Source, TensorMeta
 from outliermerge.errors import listing, shown
 
@@ -19,6 +21,8 @@ _MAX_PARAMETERS = 4  # of one module, whose order is to be found
 # Which axis of an expert A belongs to: peft before 0.19 took the first, for all models; since then
 # it takes the second, but for models that multiply by their experts as they are stored.
 _FIRST_AXIS, _SECOND_AXIS = True, False
+TURNED_TYPES = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
+"""The types of model whose classes in transformers 5 do so, with experts of (in, out)."""
 _Factors = tuple[TensorMeta, TensorMeta]
 _Order = tuple[str, ...]
 
@@ -56,6 +60,14 @@ class PackedLayers:
     def parameters(self) -> list[str]:
         """The names of the adapted parameters, by the adapter's names."""
         return [name for owner in self.owners for name in owner.parameters]
+
+    def names(self, parameter: str) -> list[str]:
+        """Return the names of a parameter that patterns may match: in training, bare, the base's.
+
+        Those of layers are without `.weight`; of a parameter peft matches the whole name.
+        """
+        names = [parameter, without_wrappers(parameter), self.context.rename(parameter)]
+        return list(dict.fromkeys(names))
 
     def _owners(self, layers: dict[str, LayerParts]) -> Iterator[_Owner]:
         levels: dict[str, dict[int, str]] = {}
@@ -129,7 +141,7 @@ class PackedLayers:
             said = [f"A {list(a.shape)}, B {list(b.shape)}" for a, b in owner.factors]
             has = [
                 f"{name} {list(tensors[self.context.rename(name)].shape)}, rank "
-                f"{self.context.rank(self.context.names(name))}"
+                f"{self.context.rank(self.names(name))}"
                 for name in owner.parameters
             ]
             raise self.context.refuse(
@@ -142,7 +154,7 @@ class PackedLayers:
         self, name: str, shape: tuple[int, ...], a: TensorMeta, b: TensorMeta
     ) -> set[bool | None]:
         """Return the axes that A can belong to."""
-        rank = self.context.rank(self.context.names(name))
+        rank = self.context.rank(self.names(name))
         if len(shape) == 2:
             num_experts, (height, columns) = 1, shape
         elif len(shape) == 3:
@@ -181,6 +193,9 @@ class PackedLayers:
         version = str(self.context.config.get("peft_version") or "")
         if _is_before_swap(version):
             return _FIRST_AXIS
+        types = model_types(self.context.base.root)
+        if _is_before_swap(version) is False and types and not types & TURNED_TYPES:
+            return _SECOND_AXIS
         raise self.context.refuse(
             f"{shown(names[0])}: its experts {list(tensors[names[0]].shape)} are square, so that "
             "their shapes do not tell which axis A belongs to, which changed in peft 0.19, and "
@@ -204,7 +219,7 @@ class PackedLayers:
         self, name: str, base: Source, a: TensorMeta, b: TensorMeta, axis: bool
     ) -> LowRankSum | ExpertSum:
         self.context.check_floats(base, a, b)
-        scale = self.context.scale(self.context.names(name))
+        scale = self.context.scale(self.names(name))
         if len(base.shape) == 2:
             return LowRankSum(**as_of(base), base=base, lora_a=a, lora_b=b, scale=scale)
         return ExpertSum(
@@ -217,21 +232,31 @@ class PackedLayers:
         )
 
 
-def _is_before_swap(version: str) -> bool:
-    """Tell whether a version of peft is before 0.19.
+def model_types(folder: Path) -> set[str]:
+    """Return the types of model that a folder's config names, of its parts too."""
+    said = read_json(folder / "config.json") if folder.is_dir() else {}
+    parts = [said, *(part for part in said.values() if isinstance(part, dict))]
+    return {part["model_type"] for part in parts if isinstance(part.get("model_type"), str)}
+
+
+def _is_before_swap(version: str) -> bool | None:
+    """Tell whether a version of peft is before 0.19; None if it is none.
 
     >>> _is_before_swap("0.18.1"), _is_before_swap("0.19.0"), _is_before_swap("")
-    (True, False, False)
+    (True, False, None)
     """
     numbers = version.split(".")[:2]
     if len(numbers) < 2 or not all(number.isdigit() for number in numbers):
-        return False
+        return None
     return (int(numbers[0]), int(numbers[1])) < (0, 19)
 
 
 def lacks_parameters(config: Mapping[str, object], names: Mapping[str, Source]) -> bool:
-    """Tell whether a config names parameters of which a model has none."""
-    targets = config.get("target_parameters")
-    return isinstance(targets, list) and any(
-        not any(matches_end(name, str(target)) for name in names) for target in targets
-    )
+    """Tell whether a config names parameters, or whole modules, of which a model has none."""
+    modules = {name.rpartition(".")[0] for name in names}
+    for key, every in (("target_parameters", names), ("modules_to_save", modules)):
+        targets = config.get(key)
+        for target in targets if isinstance(targets, list) else ():
+            if not any(matches_end(name, str(target)) for name in every):
+                return True
+    return False

@@ -279,7 +279,8 @@ def _by_block(values: Tensor, width: int, num_blocks: int, order: Tensor | None)
     import torch
 
     if order is not None:
-        return torch.zeros(len(values), num_blocks).index_reduce_(1, order, values, "amax")
+        places = order.long().expand_as(values)  # index_reduce_ warns that it is in beta
+        return torch.zeros(len(values), num_blocks).scatter_reduce_(1, places, values, "amax")
     padded = torch.nn.functional.pad(values, (0, num_blocks * width - values.shape[1]))
     return padded.view(len(values), num_blocks, width).amax(2)
 
