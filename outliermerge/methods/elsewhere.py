@@ -28,7 +28,7 @@ _KNOWN = {
         "linear": "simple_average weighted_average linear_interpolation regmean fisher "
         "simple_ensemble weighted_ensemble gossip opcm model_recombination ada_svd dawe",
         "fisher": "fisher_merging",
-        "regmean": "regmean_plusplus regmean_plus_plus",
+        "regmean": "regmean_plusplus regmean_plus_plus regmean++ regmean_pp",
         "dare_linear": "dare dare_simple_average dare_task_arithmetic",
         "dare_ties": "dare_ties_merging",
         "ties": "ties_merging emr emr_merging magmax tall_mask randes magnitude_diff_pruning "
@@ -63,6 +63,16 @@ _SAME = {
     "task_singular_vector": "tsv_m", "pcb_merging": "pcb", "fisher_merging": "fisher",
     "consensus": "consensus_ta", "wudi_merging": "wudi",
 }  # fmt: skip
+_BY_COMMAND = {
+    "regmean": "its statistics are made by `outliermerge measure SPEC`, SPEC a merge by regmean",
+    "task_arithmetic": "its weights are fitted by `outliermerge fit`",
+}
+"""How commands make a method of another one."""
+_MADE = {
+    **dict.fromkeys(_KNOWN["FusionBench's"]["regmean"].split(), "regmean"),
+    **dict.fromkeys(("adamerging", "task_wise_adamerging", "layer_wise_adamerging"),
+                    "task_arithmetic"),
+}  # fmt: skip
 _PLACES = {
     name: (tool, nearest)
     for tool, groups in _KNOWN.items()
@@ -81,10 +91,14 @@ def known_elsewhere(name: str, here: Collection[str]) -> str | None:
     "FusionBench's simple-average is here as 'linear'."
     >>> known_elsewhere("ties_with_dare", ["linear", "ties"])
     "sd-mecha's ties_with_dare is not here; the nearest is 'ties'."
+    >>> known_elsewhere("AdaMerging", ["task_arithmetic"])
+    "AdaMerging is 'task_arithmetic' here, and its weights are fitted by `outliermerge fit`."
     """
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
     if plain not in _PLACES:
         return None
+    if (made := _MADE.get(plain)) in here:
+        return f"{name} is {made!r} here, and {_BY_COMMAND[str(made)]}."
     tool, nearest = _PLACES[plain]
     while nearest not in here and nearest in _PLACES:
         nearest = _PLACES[nearest][1]
