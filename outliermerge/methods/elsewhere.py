@@ -61,18 +61,22 @@ _SAME = {
     "task_vectors": "task_arithmetic", "ta": "task_arithmetic", "ties_merging": "ties",
     "isotropic": "iso_c", "isotropic_merging": "iso_c", "tsv": "tsv_m", "tsvm": "tsv_m",
     "task_singular_vector": "tsv_m", "pcb_merging": "pcb", "fisher_merging": "fisher",
-    "consensus": "consensus_ta", "wudi_merging": "wudi",
+    "consensus": "consensus_ta", "wudi_merging": "wudi", "adamerging": "task_arithmetic",
+    "task_wise_adamerging": "task_arithmetic", "layer_wise_adamerging": "task_arithmetic",
+    "regmean_plusplus": "regmean", "regmean_plus_plus": "regmean", "regmean++": "regmean",
+    "regmean_pp": "regmean",
 }  # fmt: skip
-_BY_COMMAND = {
-    "regmean": "its statistics are made by `outliermerge measure SPEC`, SPEC a merge by regmean",
-    "task_arithmetic": "its weights are fitted by `outliermerge fit`",
+# What a command makes of it.
+_HOW = {
+    **dict.fromkeys(
+        ("adamerging", "task_wise_adamerging", "layer_wise_adamerging"),
+        ", whose weights `outliermerge fit` finds",
+    ),
+    **dict.fromkeys(
+        _KNOWN["FusionBench's"]["regmean"].split(),
+        ", with the statistics that `outliermerge measure` makes of a spec",
+    ),
 }
-"""How commands make a method of another one."""
-_MADE = {
-    **dict.fromkeys(_KNOWN["FusionBench's"]["regmean"].split(), "regmean"),
-    **dict.fromkeys(("adamerging", "task_wise_adamerging", "layer_wise_adamerging"),
-                    "task_arithmetic"),
-}  # fmt: skip
 _PLACES = {
     name: (tool, nearest)
     for tool, groups in _KNOWN.items()
@@ -92,17 +96,15 @@ def known_elsewhere(name: str, here: Collection[str]) -> str | None:
     >>> known_elsewhere("ties_with_dare", ["linear", "ties"])
     "sd-mecha's ties_with_dare is not here; the nearest is 'ties'."
     >>> known_elsewhere("AdaMerging", ["task_arithmetic"])
-    "AdaMerging is 'task_arithmetic' here, and its weights are fitted by `outliermerge fit`."
+    "FusionBench's AdaMerging is here as 'task_arithmetic', whose weights `outliermerge fit` finds."
     """
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
     if plain not in _PLACES:
         return None
-    if (made := _MADE.get(plain)) in here:
-        return f"{name} is {made!r} here, and {_BY_COMMAND[str(made)]}."
     tool, nearest = _PLACES[plain]
     while nearest not in here and nearest in _PLACES:
         nearest = _PLACES[nearest][1]
     what = f"{tool} {name}" if tool else f"{name}, known from papers,"
     if _SAME.get(plain) in here:
-        return f"{what} is here as {nearest!r}."
+        return f"{what} is here as {nearest!r}{_HOW.get(plain, '')}."
     return f"{what} is not here; the nearest is {nearest!r}."
