@@ -135,9 +135,9 @@ def fit(
 def _checked(spec: MergeSpec) -> tuple[list[float], float]:
     """Return the weights at the start, and what all are multiplied by."""
     if spec.method.name != "task_arithmetic":
-        raise SpecError(
-            f"{spec.source.file}: merge_method: found {shown(spec.method.name)}, expected "
-            "task_arithmetic, whose weights are fitted"
+        raise spec.source.error(
+            ("merge_method",),
+            f"found {shown(spec.method.name)}, expected task_arithmetic, whose weights are fitted",
         )
     refuse_all_but_models(spec, "fit")
     if spec.modifiers or any(plain_values(spec, "normalize")):

@@ -54,9 +54,10 @@ def alternation_of(spec: MergeSpec) -> Alternation:
         SpecError: it is another merge, or one that cannot be made layer by layer.
     """
     if spec.method.name != "regmean":
-        raise SpecError(
-            f"{spec.source.file}: merge_method: found {shown(spec.method.name)}, expected regmean: "
-            "a spec is measured for RegMean++ only"
+        raise spec.source.error(
+            ("merge_method",),
+            f"found {shown(spec.method.name)}, expected regmean: a spec is measured for RegMean++ "
+            "only. Run the merge, and measure its output",
         )
     refuse_all_but_models(spec, "RegMean++")
     given = {

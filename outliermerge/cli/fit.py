@@ -7,7 +7,7 @@ import sys
 
 from outliermerge.cli.parts import Command, add_json, count, print_json, say
 from outliermerge.cli.terminal import counting
-from outliermerge.errors import as_path
+from outliermerge.errors import OutlierMergeError, as_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +69,12 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.storage.files import write_whole
 
     output = as_path(options.output)
+    if not output.absolute().parent.is_dir():
+        raise OutlierMergeError(f"{output}: cannot be written: there is no folder {output.parent}")
+    if output.is_dir():
+        raise OutlierMergeError(f"{output}: is a folder, expected a YAML file to write")
+    if output.exists() and output.samefile(as_path(options.spec)):
+        raise OutlierMergeError(f"{output}: is the spec that is read. Name another file.")
     with counting("loading the models", "steps", quiet=options.quiet) as on_progress:
         found = fit(
             options.spec,

@@ -28,7 +28,7 @@ _KNOWN = {
         "linear": "simple_average weighted_average linear_interpolation regmean fisher "
         "simple_ensemble weighted_ensemble gossip opcm model_recombination ada_svd dawe",
         "fisher": "fisher_merging",
-        "regmean": "regmean_plusplus regmean_plus_plus",
+        "regmean": "regmean_plusplus regmean_plus_plus regmean++ regmean_pp",
         "dare_linear": "dare dare_simple_average dare_task_arithmetic",
         "dare_ties": "dare_ties_merging",
         "ties": "ties_merging emr emr_merging magmax tall_mask randes magnitude_diff_pruning "
@@ -61,8 +61,22 @@ _SAME = {
     "task_vectors": "task_arithmetic", "ta": "task_arithmetic", "ties_merging": "ties",
     "isotropic": "iso_c", "isotropic_merging": "iso_c", "tsv": "tsv_m", "tsvm": "tsv_m",
     "task_singular_vector": "tsv_m", "pcb_merging": "pcb", "fisher_merging": "fisher",
-    "consensus": "consensus_ta", "wudi_merging": "wudi",
+    "consensus": "consensus_ta", "wudi_merging": "wudi", "adamerging": "task_arithmetic",
+    "task_wise_adamerging": "task_arithmetic", "layer_wise_adamerging": "task_arithmetic",
+    "regmean_plusplus": "regmean", "regmean_plus_plus": "regmean", "regmean++": "regmean",
+    "regmean_pp": "regmean",
 }  # fmt: skip
+# What a command makes of it.
+_HOW = {
+    **dict.fromkeys(
+        ("adamerging", "task_wise_adamerging", "layer_wise_adamerging"),
+        ", whose weights `outliermerge fit` finds",
+    ),
+    **dict.fromkeys(
+        _KNOWN["FusionBench's"]["regmean"].split(),
+        ", with the statistics that `outliermerge measure` makes of a spec",
+    ),
+}
 _PLACES = {
     name: (tool, nearest)
     for tool, groups in _KNOWN.items()
@@ -81,6 +95,8 @@ def known_elsewhere(name: str, here: Collection[str]) -> str | None:
     "FusionBench's simple-average is here as 'linear'."
     >>> known_elsewhere("ties_with_dare", ["linear", "ties"])
     "sd-mecha's ties_with_dare is not here; the nearest is 'ties'."
+    >>> known_elsewhere("AdaMerging", ["task_arithmetic"])
+    "FusionBench's AdaMerging is here as 'task_arithmetic', whose weights `outliermerge fit` finds."
     """
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
     if plain not in _PLACES:
@@ -90,5 +106,5 @@ def known_elsewhere(name: str, here: Collection[str]) -> str | None:
         nearest = _PLACES[nearest][1]
     what = f"{tool} {name}" if tool else f"{name}, known from papers,"
     if _SAME.get(plain) in here:
-        return f"{what} is here as {nearest!r}."
+        return f"{what} is here as {nearest!r}{_HOW.get(plain, '')}."
     return f"{what} is not here; the nearest is {nearest!r}."

@@ -115,6 +115,8 @@ def method_named(name: str) -> MergeMethod:
     if name in WITH_DATA:
         return WITH_DATA[name]
     if name not in METHODS:
+        if (modifier := name.strip().lower()) in MODIFIERS:
+            raise SpecError(f"{name} is a modifier: write it under `modifiers`, as {modifier!r}")
         said = known_elsewhere(name, EVERY)
         if said is None:
             said = f"unknown merge method {quoted(name)}."

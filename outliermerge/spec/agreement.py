@@ -62,7 +62,11 @@ def modifiers_of(
     for index, entry in enumerate(document.modifiers):
         path: SpecPath = ("modifiers", index)
         if not method.uses_base:
-            raise source.error(path, f"{method.name} merges weights: it has no task vector")
+            raise source.error(
+                path,
+                f"{method.name} merges weights, and modifiers change task vectors: take a method "
+                "that has them, such as task_arithmetic",
+            )
         try:
             if not (":" in entry.modifier or entry.modifier in METHODS.keys() | MODIFIERS):
                 said = f"unknown modifier {quoted(entry.modifier)}."

@@ -120,6 +120,9 @@ def test_what_cannot_be_fitted_is_told(place, tmp_path, capsys):
         assert "expected a number above 0" in refused(2, "--rate", rate)
     large = {"weight": 3e38, "lambda": 3e38}
     assert "infinite, NaN or too large for float32" in refused(1, parameters=large)
+    for there, said in (("merge.yaml", "is the spec that is read"), ("no/x.yaml", "no folder"),
+                        ("", "is a folder")):  # fmt: skip
+        assert said in refused(1, "-o", str(tmp_path / there))
     other = {"models": [{"model": str(place / "m0")}, {"model": str(tmp_path / "other")}]}
     save_text_model(tmp_path / "other", seed=3)
     weights = load_folder(tmp_path / "other")

@@ -43,6 +43,12 @@ def test_the_table_says_it(name):
     assert str(raised.value).startswith(known_elsewhere(name, EVERY))
 
 
+@pytest.mark.parametrize("name", ["LiNeS", "SVC"])
+def test_a_modifier_is_said_to_be_one(name):
+    with pytest.raises(SpecError, match=f"{name} is a modifier: .* as '{name.lower()}'"):
+        find_method(name)
+
+
 @pytest.mark.parametrize("name", ["zzz", ""])
 def test_a_name_that_nobody_knows_gets_all_valid_ones(name):
     with pytest.raises(SpecError) as raised:

@@ -49,7 +49,7 @@ def test_what_can_be_no_fisher_information_is_refused(method):
         outliermerge.merge_state_dicts(method=method, **ones(fisher=wrong))
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 1e300])
+@pytest.mark.parametrize("tolerance", [0.0, 1e38])
 def test_a_tensor_of_no_information_is_averaged_from_zero_too(tolerance):
     given = ones(fisher=torch.zeros(2, 3))
     given["auxiliary"]["fisher"][0]["w"] = torch.zeros(2, 3)

@@ -123,8 +123,9 @@ def test_elected_outliers_lose_to_no_smaller_ones_of_the_other_sign():
 def test_nan_stays_where_signs_are_elected():
     own = torch.tensor([float("nan"), 1.0, -1.0])
     merged = outliermerge.merge_tensors(
-        [own, -own], base=torch.zeros(3), sigma="row", scale="mad", conflict="elect"
-    )
+        [own, -own], base=torch.zeros(3), sigma="row", scale="mad", conflict="elect",
+        allow_non_finite=True,
+    )  # fmt: skip
     assert merged.isnan().tolist()[0]
 
 

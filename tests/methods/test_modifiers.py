@@ -111,7 +111,10 @@ def test_modifiers_follow_methods_on_matrices_in_order(folders, tmp_path):
     ("document", "words"),
     [
         ({"merge_method": "lines"}, "changes what a method has merged: see `modifiers`"),
-        ({"merge_method": "linear", "modifiers": [{"modifier": "svc"}]}, "it has no task vector"),
+        (
+            {"merge_method": "linear", "modifiers": [{"modifier": "svc"}]},
+            "modifiers change task vectors",
+        ),
         (
             {"modifiers": [{"modifier": "iso_c"}]},
             "is a merge method, not a modifier",
