@@ -151,7 +151,7 @@ def _solve_singular(
 
 
 def _system_workspace(num_models: int) -> int:
-    return 2 * num_models + 4
+    return num_models + 10  # measured: 11.1 for 2 models, where the sum is singular; else 4
 
 
 def _by_panels(weights_MRC: Tensor, system: Tensor, context: Context) -> Tensor:

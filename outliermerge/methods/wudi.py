@@ -153,9 +153,9 @@ def wudi(
     τᵢ = wᵢΔWᵢ; τ from θ by Adam on Σ ‖(τ − τᵢ)τᵢᵀ‖² / ‖τᵢ‖²; W* = W + λτ.
 
     A step moves no element by more than about `learning_rate`, whatever the size of task vectors:
-    with 300 steps of 1e-5, by 0.003 at most. `swudi` and `aswudi` solve the same for some of the
-    inputs' directions, in the time of a few steps. Inputs are the last dimension. Tensors that are
-    no matrices are averaged.
+    with 300 steps of 1e-5, by 0.003 at most. Steps are taken in the compute dtype. `swudi` and
+    `aswudi` solve the same for some of the inputs' directions, in the time of a few steps. Inputs
+    are the last dimension. Tensors that are no matrices are averaged.
 
     Args:
         deltas: task vectors.
