@@ -230,7 +230,8 @@ def _solved(weights_MRC: Tensor, system: Tensor) -> Tensor:
         total_RC.addmm_(own_RC - first_RC, gram_CC)
     factor_CC = system[-1]
     half_RC = torch.linalg.solve_triangular(factor_CC.mT, total_RC, upper=True, left=False)
-    return first_RC + torch.linalg.solve_triangular(factor_CC, half_RC, upper=False, left=False)
+    merged_RC: Tensor = torch.linalg.solve_triangular(factor_CC, half_RC, upper=False, left=False)
+    return merged_RC.add_(first_RC)
 
 
 def _by_expert(weights: Tensor, systems: Tensor, context: Context) -> Tensor:
@@ -264,5 +265,5 @@ def regmean_turned(
     for own, gram_CC in zip(others, gram[:-1], strict=True):
         total += gram_CC.mT @ (own - first)
     half = torch.linalg.solve_triangular(gram[-1], total, upper=False)
-    found = first + torch.linalg.solve_triangular(gram[-1].mT, half, upper=True)
-    return found.to(weights.dtype)
+    merged: Tensor = torch.linalg.solve_triangular(gram[-1].mT, half, upper=True)
+    return merged.add_(first).to(weights.dtype)
