@@ -27,12 +27,10 @@ State = dict[str, Tensor]
 
 def ours(folder: Path, spec: dict[str, Any]) -> Callable[[], None]:
     """Return the merge by this package, as its command does it."""
-    import outliermerge
+    from outliermerge import run as merge
 
     def run() -> None:
-        outliermerge.run(
-            spec, output=folder / "outliermerge", threads=torch.get_num_threads(), memory="4GiB"
-        )
+        merge(spec, output=folder / "outliermerge", threads=torch.get_num_threads(), memory="4GiB")
 
     return run
 

@@ -222,9 +222,9 @@ def made_of(
     """Return the needs, and what the method makes of the auxiliary tensors that it takes whole."""
     import torch
 
-    made = dict(needs)
+    made, compute = dict(needs), getattr(torch, task.compute_dtype)
     for name, tensors in wholes.items():
-        wide = (one.to(device, torch.float64) for one in tensors)
+        wide = (one.to(device, torch.promote_types(one.dtype, compute)) for one in tensors)
         made[name] = task.method.prepared[name].make(wide, task.parameters)
     return made
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from outliermerge.checkpoint.measured import MeasuredTensor
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
+from outliermerge.engines.torch import is_finite
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.methods.task import Task
 
@@ -31,12 +32,9 @@ def wholes(task: Task, sources: Sequence[Source], reader: Reader) -> dict[str, I
 def _read(
     sources: Sequence[Source], reader: Reader, wrong: Callable[[Tensor], str]
 ) -> Iterator[Tensor]:
-    import torch
-
     for source in sources:
         values = reader.values(source, 0, source.num_elements).view(source.shape)
-        finite = bool(torch.isfinite(values).all())
-        if why := wrong(values) if finite else "values that are infinite or NaN":
+        if why := wrong(values) if is_finite(values) else "values that are infinite or NaN":
             raise OutlierMergeError(
                 f"{source.stored[0].path}: {shown(source.name)} has {why}. Measure the model again."
             )

@@ -11,10 +11,15 @@ from annotated_types import Interval
 
 from outliermerge.methods.contract import merge_method
 from outliermerge.methods.matrices import (
+    along,
     decomposed,
+    eigenvectors,
+    gram,
     matrix_workspace,
     of_each,
     orthogonal,
+    orthogonal_beside,
+    orthogonal_rows,
     unless_matrix,
 )
 from outliermerge.methods.parameter import PerModel
@@ -52,8 +57,10 @@ def iso_c(deltas: Tensor, *, weight: PerModel = 1.0, lambda_: float = 1.0) -> Te
     """
 
     def merged(deltas_MRC: Tensor) -> Tensor:
-        left_RK, values_K, right_KC = decomposed(_sum(deltas_MRC, weight))
-        return left_RK @ (right_KC * (values_K.mean() * lambda_))
+        total_RC = _sum(deltas_MRC, weight)
+        merged_RC = orthogonal(total_RC)
+        mean = (merged_RC * total_RC).sum() / min(total_RC.shape)  # of the singular values
+        return merged_RC.mul_(mean * lambda_)
 
     return of_each(deltas, merged)
 
@@ -98,20 +105,33 @@ def iso_cts(
     import torch
 
     def merged(deltas_MRC: Tensor) -> Tensor:
-        num_models, size = len(deltas_MRC), min(deltas_MRC.shape[1:])
+        num_models, (num_rows, num_columns) = len(deltas_MRC), deltas_MRC.shape[1:]
+        size = min(num_rows, num_columns)
         common = _num_common(size, num_models, common_space_fraction)
         each = (size - common) // num_models
-        common_RL, values_L, right_LC = decomposed(_sum(deltas_MRC, weight), common)
-        lefts, values, rights = [common_RL], [values_L], [right_LC]
+        total_RC = _sum(deltas_MRC, weight)
+        if num_rows > num_columns:
+            left_RL, values_L, right_LC = decomposed(total_RC, common)
+        else:
+            _, vectors_RR = eigenvectors(gram(total_RC))
+            left_RL, values_L, right_LC = along(vectors_RR, total_RC, common)
+            rest_RN = vectors_RR[:, : size - common]  # all that is orthogonal to the common ones
+        lefts, values, rights = [], [values_L], []
         for delta_RC, own in zip(deltas_MRC if each else (), weight, strict=False):
             wide_RC = delta_RC.double() * own
-            wide_RC -= common_RL @ (common_RL.mT @ wide_RC)
-            left_RL, values_L, right_LC = decomposed(wide_RC, each)
-            lefts.append(left_RL)
-            values.append(values_L)
-            rights.append(right_LC)
+            if num_rows > num_columns:
+                wide_RC -= left_RL @ (left_RL.mT @ wide_RC)
+                own_RL, own_L, own_LC = decomposed(wide_RC, each)
+            else:
+                own_NL, own_L, own_LC = decomposed(rest_RN.mT @ wide_RC, each)
+                own_RL = rest_RN @ own_NL
+            lefts.append(own_RL.mT)
+            values.append(own_L)
+            rights.append(own_LC)
+        if each:
+            left_RL = torch.cat([left_RL, orthogonal_rows(lefts).mT], 1)
+            right_LC = orthogonal_beside(right_LC, torch.cat(rights))
         mean = torch.cat(values).mean()
-        right_KC = orthogonal(torch.cat(rights))
-        return orthogonal(torch.cat(lefts, 1)) @ (right_KC * (mean * lambda_))
+        return left_RL.to(deltas.dtype) @ right_LC.mul_(mean * lambda_).to(deltas.dtype)
 
     return of_each(deltas, merged)

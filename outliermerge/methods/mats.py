@@ -106,7 +106,7 @@ def _weighted(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> Tensor:
     import torch
 
     return torch.stack(
-        [gram_CC.mul_(own) for gram_CC, own in zip(grams, parameters["weight"], strict=True)]
+        [gram_CC.double() * own for gram_CC, own in zip(grams, parameters["weight"], strict=True)]
     )
 
 

@@ -20,8 +20,9 @@ class Prepared:
     Attributes:
         shape: returns its shape for that of the weights.
         make: makes what the method gets as the keyword, once for a tensor. It is given the models'
-            tensors one after the other, in float64, each read when it is asked for and free to be
-            overwritten, and the resolved parameters.
+            tensors one after the other, in the compute dtype or a wider one that they are stored
+            in, each read when it is asked for and not to be overwritten, and the resolved
+            parameters.
         workspace: returns how many float64 tensors of its size `make` holds at most, its result
             included, for a number of models.
         wrong: says why a model's tensor cannot be what it is taken for; empty if it can.

@@ -12,7 +12,7 @@ from outliermerge.methods.matrices import (
     decomposed,
     matrix_workspace,
     of_each,
-    orthogonal,
+    orthogonal_rows,
     unless_matrix,
 )
 from outliermerge.methods.parameter import PerModel
@@ -52,7 +52,8 @@ def tsv_m(deltas: Tensor, *, weight: PerModel = 1.0, lambda_: float = 1.0) -> Te
             for delta_RC, own in zip(deltas_MRC, weight, strict=True)
         ]
         lefts, values, rights = zip(*found, strict=True)
-        right_LC = orthogonal(torch.cat(rights)) * (torch.cat(values) * lambda_)[:, None]
-        return orthogonal(torch.cat(lefts, 1)) @ right_LC
+        right_LC = orthogonal_rows(rights) * (torch.cat(values) * lambda_)[:, None]
+        left_RL = orthogonal_rows([left_RL.mT for left_RL in lefts]).mT
+        return left_RL.to(deltas.dtype) @ right_LC.to(deltas.dtype)
 
     return of_each(deltas, merged)

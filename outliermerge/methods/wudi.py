@@ -81,26 +81,39 @@ def _solved(
 def _iterated(
     deltas_MRC: Tensor, weight_M: Tensor, start: str, iterations: int, rate: float
 ) -> Tensor:
-    """Return what steps of Adam make of the start."""
+    """Return what steps of Adam make of the start: in the compute dtype, from C and D in float64.
+
+    C and D are doubled, and the correction of the squares is put into the step and its ε, so that
+    a step passes over the matrix less often.
+    """
+    import torch
+
     wide_MRC, unit_MRC = _units(deltas_MRC, weight_M)
     if unit_MRC is None:
         return wide_MRC.mean(0)
+    dtype = deltas_MRC.dtype
     stacked_NC = unit_MRC.flatten(0, 1)
+    # What the steps are multiplied by, one after the other: a factor of C if that is smaller.
     is_wide = stacked_NC.shape[0] < stacked_NC.shape[1]
-    inputs_CC = None if is_wide else stacked_NC.mT @ stacked_NC
+    factors = [stacked_NC.mT, stacked_NC * 2] if is_wide else [(stacked_NC.mT @ stacked_NC) * 2]
+    *first, last = [factor.to(dtype) for factor in factors]
     wanted_RC = sum(
         (delta_RC @ unit_RC.mT) @ unit_RC
         for delta_RC, unit_RC in zip(wide_MRC, unit_MRC, strict=True)
     )
-    x_RC = _start(wide_MRC, start).clone()
+    wanted_RC = wanted_RC.mul_(2).to(dtype)
+    x_RC = _start(wide_MRC, start).to(dtype, copy=True)
+    del wide_MRC, unit_MRC, stacked_NC, factors
     mean_RC, square_RC = x_RC.new_zeros(x_RC.shape), x_RC.new_zeros(x_RC.shape)
+    slope_RC = torch.empty_like(x_RC)
     for step in range(1, iterations + 1):
-        there_RC = (x_RC @ stacked_NC.mT) @ stacked_NC if inputs_CC is None else x_RC @ inputs_CC
-        slope_RC = there_RC.sub_(wanted_RC).mul_(2)
+        torch.mm(x_RC @ first[0] if first else x_RC, last, out=slope_RC)
+        slope_RC -= wanted_RC
         mean_RC.lerp_(slope_RC, 1 - _BETAS[0])
         square_RC.mul_(_BETAS[1]).addcmul_(slope_RC, slope_RC, value=1 - _BETAS[1])
-        size_RC = square_RC.sqrt().div_(math.sqrt(1 - _BETAS[1] ** step)).add_(_ADAM_EPSILON)
-        x_RC.addcdiv_(mean_RC, size_RC, value=-rate / (1 - _BETAS[0] ** step))
+        correction = math.sqrt(1 - _BETAS[1] ** step)
+        size_RC = torch.sqrt(square_RC, out=slope_RC).add_(_ADAM_EPSILON * correction)
+        x_RC.addcdiv_(mean_RC, size_RC, value=-rate * correction / (1 - _BETAS[0] ** step))
     return x_RC
 
 
@@ -140,9 +153,9 @@ def wudi(
     τᵢ = wᵢΔWᵢ; τ from θ by Adam on Σ ‖(τ − τᵢ)τᵢᵀ‖² / ‖τᵢ‖²; W* = W + λτ.
 
     A step moves no element by more than about `learning_rate`, whatever the size of task vectors:
-    with 300 steps of 1e-5, by 0.003 at most. `swudi` and `aswudi` solve the same for some of the
-    inputs' directions, in the time of a few steps. Inputs are the last dimension. Tensors that are
-    no matrices are averaged.
+    with 300 steps of 1e-5, by 0.003 at most. Steps are taken in the compute dtype. `swudi` and
+    `aswudi` solve the same for some of the inputs' directions, in the time of a few steps. Inputs
+    are the last dimension. Tensors that are no matrices are averaged.
 
     Args:
         deltas: task vectors.

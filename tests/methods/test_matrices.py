@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import load_folder, save_tensors
 from torch import Tensor
 
 import outliermerge
 from outliermerge.engines.batched import batches, merge_batch
 from outliermerge.engines.triton import TensorMerge
-from outliermerge.methods.matrices import decomposed, orthogonal
+from outliermerge.methods.matrices import (
+    decomposed,
+    gram,
+    orthogonal,
+    orthogonal_beside,
+    orthogonal_rows,
+)
 
 SHAPES = {
     "layers.0.self_attn.q_proj.weight": (24, 24),
@@ -207,6 +214,71 @@ def test_singular_vectors_are_as_exact_as_is_said(shape):
         assert (left @ right - u @ v).abs().max() < allowed
         assert ((left * found) @ right - matrix).abs().max() < 1e-14
         assert ((left.T @ left).diagonal() - 1).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 61])
+def test_a_gram_matrix_is_whole_below_its_diagonal(size):
+    rows = torch.randn(size, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert torch.allclose(gram(rows).tril(), (rows @ rows.T).tril(), rtol=0, atol=1e-12)
+
+
+def rows_of(num: int, seed: int) -> Tensor:
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(50, num, generator=drawn, dtype=torch.float64))[0].T
+
+
+ALL = rows_of(40, 9)
+SETS = {
+    "one": [ALL[:9]],
+    "two": [rows_of(12, 1), rows_of(12, 2)],
+    "two of all directions": [rows_of(25, 1), rows_of(25, 2)],
+    "two that share some": [ALL[:12], torch.cat([ALL[4:9], -ALL[20:27]])],
+    "two that are equal": [ALL[:12], ALL[:12]],
+    "two that share none": [ALL[:12], ALL[12:24]],
+    "two that share next to nothing": [ALL[:2], ALL[2:4] + 1e-7 * ALL[:2]],
+    "two with rows of 0": [rows_of(6, 1).index_fill(0, torch.tensor([4, 5]), 0), rows_of(6, 2)],
+    "three": [rows_of(9, 1), rows_of(9, 2), rows_of(9, 3)],
+}
+
+
+def nearest(matrix: Tensor) -> Tensor:
+    u, s, v = svd(matrix)
+    return u @ torch.diag((s > 1e-6).double()) @ v
+
+
+@pytest.mark.parametrize("case", SETS)
+def test_orthonormal_rows_are_made_orthogonal_to_each_other(case):
+    found = orthogonal_rows(SETS[case])
+    # The least singular values of the case "of all directions" are about 0.003.
+    assert torch.allclose(found, nearest(torch.cat(SETS[case])), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("num", [3, 12, 30])
+def test_others_are_made_orthogonal_beside_orthonormal_rows(num):
+    drawn = torch.Generator().manual_seed(4)
+    others = torch.randn(num, 50, generator=drawn, dtype=torch.float64)
+    others[1] = ALL[3] + ALL[5]  # nothing but what the rows have already
+    others[2] = 0
+    for rows in (ALL[:20], ALL[:20].index_fill(0, torch.tensor([0, 7, 19]), 0)):
+        found = orthogonal_beside(rows, others)
+        assert torch.allclose(found, nearest(torch.cat([rows, others])), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", sorted(ORACLES))
+def test_bytes_of_files_do_not_depend_on_threads(method, states, tmp_path):
+    base, models = states
+    for name, state in {"base": base, "m0": models[0], "m1": models[1]}.items():
+        save_tensors(tmp_path / name, state)
+    spec = {
+        "merge_method": method,
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / name)} for name in ("m0", "m1")],
+        "parameters": {"iterations": 20} if method == "wudi" else {},
+    }
+    for threads in (1, 3):
+        outliermerge.run(spec, output=tmp_path / f"by-{threads}", threads=threads)
+    first, second = (load_folder(tmp_path / f"by-{threads}") for threads in (1, 3))
+    assert all(first[name].equal(second[name]) for name in first)
 
 
 def test_directions_of_0_stay_0():
