@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.checkpoint.adapters.config import CONFIG_NAME, FILE_NAMES
 from outliermerge.checkpoint.sources import DType
 from outliermerge.errors import OutlierMergeError, shown
-from outliermerge.output.folder import write_beside
 from outliermerge.output.journal import Journal, process
 from outliermerge.output.names import journal_path, partial_folder, real_output
+from outliermerge.output.writer import write_beside
 from outliermerge.storage.failures import naming
 from outliermerge.storage.system import move_new, sync_folder
 

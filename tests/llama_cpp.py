@@ -1,0 +1,117 @@
+"""A model that only llama.cpp's converter knows; that converter, and one that stands for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+import transformers
+from checkpoints import fine_tune
+
+from outliermerge.planning.llama_cpp import PROGRAM, VARIABLE
+from outliermerge.storage.machine import cache_folder
+
+SDIST = "llama-cpp-python==0.3.36"
+TEXT = "A merge of models, that is all: 12 and 345."
+
+# Writes all tensors in bfloat16 as they are; what it does otherwise is in STAND_IN.
+STAND_IN = """
+import os, pathlib, sys, time
+"Phi3ForCausalLM"
+import gguf, numpy
+from safetensors import deserialize
+folder, out = pathlib.Path(sys.argv[1]), sys.argv[sys.argv.index("--outfile") + 1]
+does = os.environ.get("STAND_IN", "")
+print("INFO: Loading model")
+if does == "fails":
+    print("Traceback (most recent call last):\\nNotImplementedError: unknown pre-tokenizer")
+    sys.exit(1)
+writer = gguf.GGUFWriter(out, "phi3")
+for file in sorted(folder.glob("model*.safetensors")):
+    for name, tensor in sorted(deserialize(file.read_bytes())):
+        *rows, size = tensor["shape"]
+        values = numpy.frombuffer(tensor["data"], numpy.uint8).reshape(*rows, 2 * size)
+        writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.BF16)
+print("WARNING:hf-to-gguf:Unknown RoPE type: other")
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+if does.startswith("waits:"):
+    pathlib.Path(does[6:]).write_text(str(os.getpid()))
+    time.sleep(100)
+writer.write_tensors_to_file()
+writer.close()
+if does == "truncates":
+    os.truncate(out, os.stat(out).st_size - 100)
+"""
+
+
+def stand_in(folder: Path) -> Path:
+    """Make a folder with a converter that stands for llama.cpp's; return the folder."""
+    folder.mkdir()
+    (folder / PROGRAM).write_text(STAND_IN)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Save a tokenizer of sentencepiece; return a number of rows, some without tokens."""
+    folder.mkdir()
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT] * 20), model_writer=file, model_type="bpe",
+            vocab_size=300, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "bos_token": "<s>", '
+        '"eos_token": "</s>"}'
+    )
+    processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    return int(processor.vocab_size()) + 3
+
+
+def save_phi3(folder: Path) -> dict[str, Any]:
+    """Save a tiny Phi 3 and a fine-tune of it; return a spec that merges them into GGUF."""
+    torch.manual_seed(0)
+    size = save_tokenizer(folder / "base")
+    config = transformers.Phi3Config(
+        vocab_size=size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        original_max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.Phi3ForCausalLM(config).bfloat16().save_pretrained(folder / "base")
+    fine_tune(folder / "base", folder / "task", seed=1)
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "models": [{"model": str(folder / "task")}],
+        "parameters": {"weight": 0.5},
+        "format": "gguf",
+    }
+
+
+def real_converter() -> Path:
+    """Return a folder of llama.cpp: that of LLAMA_CPP, or one from PyPI, kept in the user's cache.
+
+    The sources of llama-cpp-python have llama.cpp's; pip makes their metadata, which takes minutes.
+    """
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    home = cache_folder("tests") / SDIST
+    found = home / "llama.cpp"
+    if not found.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as place:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            subprocess.run([*command, "--no-binary", ":all:", "-d", place, SDIST], check=True)
+            (archive,) = Path(place).glob("*.tar.gz")
+            with tarfile.open(archive) as packed:
+                packed.extractall(Path(place, "sources"), filter="data")
+            (inside,) = Path(place, "sources").glob("*/vendor/llama.cpp")
+            inside.rename(found)
+    return found
