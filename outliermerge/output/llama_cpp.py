@@ -28,16 +28,13 @@ _TOWERS = "mmproj-"
 _NOT_GUESSED = ("basename", "finetune", "version", "organization", "size_label")
 
 
-def convert(
-    conversion: Conversion, folder: OutputFolder, kept: Iterable[str], name: str
-) -> dict[str, Any]:
+def convert(conversion: Conversion, folder: OutputFolder, kept: Iterable[str]) -> dict[str, Any]:
     """Make the GGUF files of a merge; return what the manifest says of it.
 
     Each is made under a name of its own: the converter of a killed run may still be at work.
 
     Args:
         kept: the files beside the weights; those of earlier runs are removed.
-        name: of the model, for its metadata.
 
     Raises:
         OutlierMergeError: the converter failed, or made no whole file; its last lines are told.
@@ -47,7 +44,7 @@ def convert(
     names = [*tries, *tries.values(), *(_TOWERS + name for name in tries.values())]
     folder.expect(names, kept)
     for file, tried in tries.items():
-        log = _run(conversion, folder.path, tried, name, is_tower=file != FILE)
+        log = _run(conversion, folder.path, tried, is_tower=file != FILE)
         warnings += [line for line in log if line.startswith("WARNING")]
         path, made = folder.path / file, folder.path / tried
         if not made.exists():  # older converters write it so
@@ -67,18 +64,13 @@ def convert(
     return said | ({"warnings": warnings[:_MOST_WARNINGS]} if warnings else {})
 
 
-def _run(
-    conversion: Conversion, folder: Path, file: str, name: str, *, is_tower: bool
-) -> list[str]:
+def _run(conversion: Conversion, folder: Path, file: str, *, is_tower: bool) -> list[str]:
     """Run the converter; return the lines that it has printed."""
     start = [] if conversion.is_program else [sys.executable]
     with tempfile.TemporaryDirectory() as place:
         about, log = Path(place, "metadata.json"), Path(place, "log")
-        about.write_text(
-            json.dumps(
-                {"general.name": name} | dict.fromkeys(f"general.{key}" for key in _NOT_GUESSED)
-            )
-        )
+        said = dict.fromkeys(f"general.{key}" for key in _NOT_GUESSED)
+        about.write_text(json.dumps(said | {"general.name": conversion.name}))
         command = [
             *start, str(conversion.program), str(folder.absolute()),
             "--outfile", str((folder / file).absolute()), "--outtype", conversion.outtype,

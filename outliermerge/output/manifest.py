@@ -112,7 +112,7 @@ def write_sidecars(
     names, made = sorted(contents), dict[str, Any]()
     if plan.conversion is not None:
         assert isinstance(folder, OutputFolder)
-        made = {"conversion": convert(plan.conversion, folder, names, plan.spec.title)}
+        made = {"conversion": convert(plan.conversion, folder, names)}
         names += plan.conversion.files
     manifest = _manifest(plan, folder.done, folder.path, names, options) | made
     manifest |= {"inputs": inputs, **({"drift": drift} if drift else {})}

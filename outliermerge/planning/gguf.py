@@ -101,7 +101,7 @@ def _by_converter(plan: Plan, config: Mapping[str, Any], why: str) -> Plan:
     )
     has_tower = any(config.get(f"{kind}_config") for kind in ("vision", "audio"))
     conversion = Conversion(
-        program, is_program, outtype,
+        program, is_program, _name(plan, config), outtype,
         files=(FILE, *([f"mmproj-{FILE}"] if has_tower else [])), num_bytes=math.ceil(num_bytes),
     )  # fmt: skip
     note = (
@@ -283,6 +283,10 @@ def _header(
     return header[:at] + struct.pack("<Q", len(header)) + header[at + 8 :]
 
 
+def _name(plan: Plan, config: Mapping[str, Any]) -> str:
+    return f"{config['model_type']} merged by {plan.spec.title}"
+
+
 def _common_dtype(jobs: Sequence[Job]) -> str:
     """Return the dtype that most matrices have."""
     types = [job.output.dtype.name for job in jobs if len(job.output.shape) > 1]
@@ -302,7 +306,7 @@ def _add_settings(
     import gguf
 
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"{config['model_type']} merged by {plan.spec.title}")
+    writer.add_name(_name(plan, config))
     writer.add_tags(["merge", "outliermerge"])
     add_settings(writer, config, ARCHITECTURES[config["model_type"]])
     by_dtype = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}

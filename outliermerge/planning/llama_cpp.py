@@ -30,6 +30,7 @@ class Conversion:
     Attributes:
         program: the converter.
         is_program: whether it is run as a program; else by the Python that runs this.
+        name: of the model, for its metadata.
         outtype: its name of the type of the weights.
         files: the names of the files that it makes: the model, and a vision or audio tower.
         num_bytes: about how many bytes these have.
@@ -37,6 +38,7 @@ class Conversion:
 
     program: Path
     is_program: bool
+    name: str
     outtype: str
     files: tuple[str, ...]
     num_bytes: int

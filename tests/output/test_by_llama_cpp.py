@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on(
 ) -> None:
     out = tmp_path / "out"
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -209,7 +209,7 @@ def test_the_real_converter_makes_what_was_merged(
     merged = load_folder(tmp_path / "plain")
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     assert reader.fields["general.architecture"].contents() == "phi3"
-    assert reader.fields["general.name"].contents() == "task_arithmetic"
+    assert reader.fields["general.name"].contents() == "phi3 merged by task_arithmetic"
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, 2)
     found = {tensor.name: tensor for tensor in reader.tensors}
     assert len(found) == len(merged)
