@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import sentencepiece
 import torch
 import transformers
 from checkpoints import fine_tune
+from safetensors.torch import load_file, save_file
 
 from outliermerge.planning.llama_cpp import PROGRAM, VARIABLE
 from outliermerge.storage.machine import cache_folder
@@ -93,6 +95,36 @@ def save_phi3(folder: Path) -> dict[str, Any]:
         "parameters": {"weight": 0.5},
         "format": "gguf",
     }
+
+
+def save_gemma3(folder: Path) -> Path:
+    """Save a tiny Gemma 3 that sees, with the names that published ones have; return its folder."""
+    size = save_tokenizer(folder)
+    text = {
+        "vocab_size": size, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 64, "query_pre_attn_scalar": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4,
+        image_token_index=size - 1, boi_token_index=size - 2, eoi_token_index=size - 3,
+    )  # fmt: skip
+    transformers.Gemma3ForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    short, published = "vision_tower.", "vision_tower.vision_model."
+    save_file(
+        {name.replace(published, short).replace(short, published): values
+         for name, values in tensors.items()},
+        file, metadata={"format": "pt"},
+    )  # fmt: skip
+    said = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_seq_length": 4}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    return folder
 
 
 def real_converter() -> Path:

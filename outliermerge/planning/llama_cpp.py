@@ -79,15 +79,19 @@ def find_converter() -> tuple[Path, bool]:
 def check_known(program: Path, config: Mapping[str, Any]) -> None:
     """Refuse a model whose class the converter does not name, before it is merged.
 
+    A program that names no class at all starts another, which is not known here.
+
     Raises:
         OutlierMergeError: it does not, or a file of it cannot be read.
     """
-    names = [str(name) for name in config.get("architectures") or ()]
+    parts = (config, *(config.get(key) or {} for key in ("text_config", "llm_config")))
+    names = [str(name) for part in parts for name in part.get("architectures") or ()]
     try:
         texts = [path.read_text("utf-8", "replace") for path in _sources(program)]
     except OSError as error:
         raise OutlierMergeError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    if not any(f'"{name}"' in text for name in names for text in texts):
+    names_any = any("ForCausalLM" in text for text in texts)
+    if names_any and not any(f'"{name}"' in text for name in names for text in texts):
         what = shown(", ".join(names)) or "a config without architectures"
         raise OutlierMergeError(
             f"{program} does not know {what}: take a newer llama.cpp, or write safetensors"

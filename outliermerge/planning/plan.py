@@ -314,6 +314,7 @@ class Plan:
             **({"modules": [m.as_dict() for m in self.modules]} if self.modules else {}),
             "gradients": {name: dict(stacks) for name, stacks in self.gradients.items()},
             "shards": [{"file": s.file, "num_bytes": s.num_bytes} for s in self.shards],
+            **({"conversion": self.conversion.as_dict()} if self.conversion else {}),
             "sidecars": {sidecar.name: str(sidecar.path) for sidecar in self.sidecars},
             "dropped": list(self.dropped),
             "notes": list(self.notes),

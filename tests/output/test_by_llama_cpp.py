@@ -16,7 +16,7 @@ import gguf
 import numpy
 import pytest
 from checkpoints import load_folder
-from llama_cpp import real_converter, save_phi3, stand_in
+from llama_cpp import real_converter, save_gemma3, save_phi3, stand_in
 from stopping import stopping_after
 
 import outliermerge
@@ -50,10 +50,13 @@ def test_without_a_converter_a_message_says_what_to_install(
     with pytest.raises(outliermerge.SpecError, match=rf"{PROGRAM} is not in this folder"):
         outliermerge.plan(spec)
     monkeypatch.delenv(VARIABLE)
-    (tmp_path / PROGRAM).write_text("#!/bin/sh\n")
+    (tmp_path / PROGRAM).write_text('"LlamaForCausalLM"')
     (tmp_path / PROGRAM).chmod(0o755)
     with pytest.raises(outliermerge.SpecError, match="does not know Phi3ForCausalLM"):
         outliermerge.plan(spec)
+    (tmp_path / PROGRAM).write_text("#!/bin/sh\necho no >&2; exit 3\n")  # it starts another
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"exit code 3\. .*lines:\n  no\n"):
+        outliermerge.run(spec, output=tmp_path / "out")
 
 
 def test_the_converted_merge_has_its_name_and_the_safetensors_are_gone(
@@ -219,4 +222,26 @@ def test_the_real_converter_makes_what_was_merged(
         assert kind.name == (outtype.upper() if values.ndim > 1 else "F32")
         wanted = gguf.quantize(values.float().numpy(), kind)
         assert numpy.array_equal(tensor.data.view(numpy.uint8), wanted.view(numpy.uint8)), name
+    assert verify_folder(tmp_path / "out", threads=1) == []
+
+
+@pytest.mark.llama_cpp
+def test_a_vision_tower_has_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(real_converter()))
+    base = save_gemma3(tmp_path / "base")
+    spec = {"merge_method": "passthrough", "models": [{"model": str(base)}], "format": "gguf"}
+    done = outliermerge.run(spec, output=tmp_path / "out")
+    assert done.manifest["conversion"]["files"] == ["model.gguf", "mmproj-model.gguf"]
+    counts = {}
+    for file in done.manifest["conversion"]["files"]:
+        assert file in done.manifest["files"]
+        reader = gguf.GGUFReader(tmp_path / "out" / file)
+        counts[reader.fields["general.type"].contents()] = sum(
+            int(tensor.n_elements) for tensor in reader.tensors
+        )
+    assert counts["mmproj"] > 0
+    assert sum(counts.values()) == sum(values.numel() for values in load_folder(base).values())
+    assert "--mmproj" in (tmp_path / "out" / "README.md").read_text()
     assert verify_folder(tmp_path / "out", threads=1) == []

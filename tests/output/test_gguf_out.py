@@ -26,6 +26,7 @@ from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.parts import join, run_part
 from outliermerge.planning.gguf import CUTS
+from outliermerge.planning.llama_cpp import VARIABLE
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -224,7 +225,10 @@ def _change(folder: Path, target: Path, file: str, **values: Any) -> dict[str, A
 
 
 @pytest.mark.sampled(2)
-def test_what_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)  # where llama.cpp's converter is
     with pytest.raises(outliermerge.SpecError, match="quantize: found 'fp8', expected q8_0"):
         outliermerge.plan(spec_of(folder, format="gguf", quantize="fp8"))
     with pytest.raises(outliermerge.SpecError, match="quantize: found 'q8_0', expected `format"):
