@@ -107,7 +107,7 @@ def save_gemma3(folder: Path) -> Path:
     }  # fmt: skip
     vision = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
     }  # fmt: skip
     config = transformers.Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=4,

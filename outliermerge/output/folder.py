@@ -177,12 +177,14 @@ class OutputFolder:
     def _check_room(self) -> None:
         """Raise an error if the disk is too small, before any file is made."""
         needed, more = sum(shard.num_bytes for shard in self._plan.shards), ""
+        there = {*self._shard_names}
         if (conversion := self._plan.conversion) is not None:
             more = f" ({needed:,} for safetensors and {conversion.num_bytes:,} for GGUF of them)"
             needed += conversion.num_bytes
+            there |= self._beside  # a killed conversion's file is removed
         written = sum(
             reserved_bytes(status)
-            for name in (*self._shard_names, *self._beside)
+            for name in there
             if (file := self.path / name).exists() and (status := file.stat())
         )
         free = free_disk_bytes(self.path) + written

@@ -26,6 +26,7 @@ from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.parts import join, run_part
 from outliermerge.planning.gguf import CUTS
+from outliermerge.planning.gguf_settings import check_config
 from outliermerge.planning.llama_cpp import VARIABLE
 
 SIZES: dict[str, Any] = {
@@ -413,3 +414,15 @@ def test_what_is_fixed_in_llama_cpp_must_be_as_the_config_says(
     values, message = REFUSED[kind]
     with pytest.raises(outliermerge.OutlierMergeError, match=message):
         outliermerge.plan(_change(further, tmp_path, "config.json", **values))
+
+
+def test_queries_of_gemma_27b_are_scaled_as_llama_cpp_does_with_so_many_layers() -> None:
+    layers = [f"{'full' if n % 6 == 5 else 'sliding'}_attention" for n in range(62)]
+    config = {
+        "model_type": "gemma3_text", "num_hidden_layers": 62, "hidden_size": 5376, "head_dim": 128,
+        "num_attention_heads": 32, "query_pre_attn_scalar": 168, "layer_types": layers,
+    }  # fmt: skip
+    assert check_config(config).name == "gemma3"
+    config |= {"num_hidden_layers": 61, "layer_types": layers[:61]}
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"scalar is 168, .* with 128"):
+        check_config(config)
