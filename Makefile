@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-minilm eval eval-paper study study-peft paper-table2 paper-table3 \
-	evidence search-language weight-tables test test-gpu test-interop \
+	evidence search-language weight-tables test test-gpu test-interop test-llama-cpp \
 	faults fuzz parity check docs release-check bench bench-check bench-gpu \
 	bench-fusion-bench clean
 
@@ -72,6 +72,9 @@ test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 
 test-interop: $(INTEROP)/.ready ## run the tests inside FusionBench, in an environment of its own
 	@$(INTEROP)/bin/python -m pytest -m interop tests/interop
+
+test-llama-cpp: $(VENV)/.dev ## run the tests with llama.cpp's converter: of LLAMA_CPP, or fetched once (77 MB)
+	@$(BIN)/python -m pytest -m llama_cpp tests/output
 
 faults: $(VENV)/.dev $(VENV)/.browser ## all hostile inputs, failures, kills, races and tables of cases, of which `make test` runs a sample
 	@$(IN_VENV) TMPDIR=$(IN_MEMORY) $(BIN)/python -m pytest -m faults -n $(TEST_JOBS) --dist worksteal \

@@ -79,7 +79,13 @@ def run(options: argparse.Namespace) -> int:
     work_bytes = sum(each.work_bytes for each, _ in plans)
     computing = resolved(options)  # what is not here is said before a bar is drawn
     on_ray = options.executor_name == "ray"
-    with MergeBar(work_bytes, len(plans), quiet=options.quiet, on_ray=on_ray) as bar:
+    with MergeBar(
+        work_bytes,
+        len(plans),
+        quiet=options.quiet,
+        on_ray=on_ray,
+        is_converted=planned.conversion is not None,
+    ) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         result, *kept = carried_out(plans, chosen, options)
         bar.done()

@@ -80,7 +80,13 @@ def run(options: argparse.Namespace) -> int:
     on_ray, in_store = options.executor_name == "ray", isinstance(plans[0][1], str)
     total = sweeps.work_bytes(variants, read_once=not (on_ray or in_store))
     resolved(options)  # what is not here is said before a bar is drawn
-    with MergeBar(total, len(variants), quiet=options.quiet, on_ray=on_ray) as bar:
+    with MergeBar(
+        total,
+        len(variants),
+        quiet=options.quiet,
+        on_ray=on_ray,
+        is_converted=any(each.plan.conversion for each in variants),
+    ) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         results = carried_out(plans, chosen, options)
         bar.done()

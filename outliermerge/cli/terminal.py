@@ -96,12 +96,20 @@ class MergeBar:
         total_bytes: of all passes.
         num_outputs: that are made together.
         on_ray: say until the first bytes that Ray starts, which can take a minute.
+        is_converted: llama.cpp's converter is waited for at the end.
     """
 
     def __init__(
-        self, total_bytes: int, num_outputs: int, *, quiet: bool, on_ray: bool = False
+        self,
+        total_bytes: int,
+        num_outputs: int,
+        *,
+        quiet: bool,
+        on_ray: bool = False,
+        is_converted: bool = False,
     ) -> None:
         self._total, self._num, self._is_starting = total_bytes, num_outputs, on_ray
+        self._is_converted = is_converted
         self._bar: Any = progress_bar("merging", quiet=quiet, counted=BYTES_OF_ALL_PASSES)
         doing = "waiting for Ray" if on_ray else "merging"
         self._task: Any = self._bar.add_task(doing, total=total_bytes)
@@ -127,6 +135,8 @@ class MergeBar:
         words = f"merged; {WAITING}"
         if self._num > 1:
             words = f"all {self._num} outputs merged; checking that transformers loads each of them"
+        if self._is_converted:
+            words = "merged; waiting for llama.cpp's converter"
         if isinstance(self._bar, progress.Progress):
             words_alone = progress.TextColumn("{task.description}")
             self._bar.columns = (progress.SpinnerColumn(), words_alone)

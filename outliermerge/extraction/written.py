@@ -17,9 +17,10 @@ import xxhash
 from outliermerge.checkpoint.adapters.config import CONFIG_NAME, FILE_NAMES
 from outliermerge.checkpoint.sources import DType
 from outliermerge.errors import OutlierMergeError, argument, shown
-from outliermerge.output.folder import differing, write_beside
+from outliermerge.output.folder import differing
 from outliermerge.output.journal import Journal, process
 from outliermerge.output.names import journal_path, partial_folder, real_output
+from outliermerge.output.writer import write_beside
 from outliermerge.storage.failures import naming
 from outliermerge.storage.stamps import Watched, open_file, watching
 from outliermerge.storage.system import inode, make_inside, move_new, open_inside, sync_folder

@@ -22,11 +22,11 @@ from outliermerge.errors import ArgumentError, OutlierMergeError, argument, list
 from outliermerge.execution.jobs import JobResult
 from outliermerge.output.bucket_records import Begun, Records, States, has_work
 from outliermerge.output.bucket_writer import BucketWriter
-from outliermerge.output.folder import differing, write_beside
+from outliermerge.output.folder import differing
 from outliermerge.output.journal import process, told
 from outliermerge.output.ownership import check_apart_in_store, check_free_in_store
 from outliermerge.output.resumed import compared_in
-from outliermerge.output.writer import Progress, line_of
+from outliermerge.output.writer import Progress, line_of, write_beside
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.bucket import Bucket
 from outliermerge.storage.ranges import State

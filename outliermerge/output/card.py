@@ -14,6 +14,7 @@ from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import shown
 from outliermerge.output.licences import hub_ids, licence_lines, licence_note, licences_of
 from outliermerge.output.recipe import RECIPE_NAME, from_here, renamed
+from outliermerge.planning.llama_cpp import Conversion
 from outliermerge.planning.plan import Input, Plan, Stacked
 from outliermerge.spec.text import as_yaml
 
@@ -61,7 +62,9 @@ def model_card(
         f"{plan.spec.summary}",
     ]
     is_gguf = plan.spec.document.format == "gguf"
-    if snippet := _OF_GGUF if is_gguf else usage(contents, sidecars):
+    if plan.conversion is not None:
+        parts += ["## Use", f"```sh\n{_by_llama_cpp(plan.conversion)}\n```"]
+    elif snippet := _OF_GGUF if is_gguf else usage(contents, sidecars):
         parts += ["## Use", f"```python\n{snippet}\n```"]
     parts += ["## Models", "\n".join(_parent(entry) for entry in models)]
     parts += filter(None, [licence_note(models)])
@@ -83,6 +86,15 @@ def model_card(
         + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
         + "`outliermerge verify` proves this folder against it.\n"
     )
+
+
+def _by_llama_cpp(conversion: Conversion) -> str:
+    """Return the command that runs a GGUF file: not all that llama.cpp has, transformers reads."""
+    path = _HERE.strip('"')
+    model, *towers = conversion.files
+    if not towers:
+        return f"llama-cli --model {path}/{model}"
+    return f"llama-mtmd-cli --model {path}/{model} --mmproj {path}/{towers[0]}"
 
 
 def _layers(plan: Plan, stacked: Stacked) -> str:

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from outliermerge.checkpoint.layout import OutputTensor
-from outliermerge.checkpoint.reader import write_exactly
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing
 from outliermerge.execution.jobs import JobResult
 from outliermerge.output.journal import BusyError, Journal, parts, process, remove_parts
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
 from outliermerge.output.naming import begin_naming, finish_naming, is_named, old_inodes
 from outliermerge.output.ownership import check_apart, check_free
-from outliermerge.output.writer import OutputWriter, Progress, line_of
+from outliermerge.output.writer import OutputWriter, Progress, line_of, write_beside
 from outliermerge.planning.plan import Job, Plan
-from outliermerge.storage.failures import failure, naming
-from outliermerge.storage.stamps import open_file
+from outliermerge.storage.failures import naming
 from outliermerge.storage.system import (
     files_in,
     folders_in,
     inode,
-    make_inside,
     remove_files,
     reserved_bytes,
     sync_folder,
@@ -179,16 +176,22 @@ class OutputFolder:
 
     def _check_room(self) -> None:
         """Raise an error if the disk is too small, before any file is made."""
-        needed = sum(shard.num_bytes for shard in self._plan.shards)
+        needed, more = sum(shard.num_bytes for shard in self._plan.shards), ""
+        there = {*self._shard_names}
+        if (conversion := self._plan.conversion) is not None:
+            more = f" ({needed:,} for safetensors and {conversion.num_bytes:,} for GGUF of them)"
+            needed += conversion.num_bytes
+            there |= self._beside  # a killed conversion's file is removed
         written = sum(
             reserved_bytes(status)
-            for shard in self._plan.shards
-            if (file := self.path / shard.file).exists() and (status := file.stat())
+            for name in there
+            if (file := self.path / name).exists() and (status := file.stat())
         )
         free = free_disk_bytes(self.path) + written
         if needed > free:
             raise OutlierMergeError(
                 f"{self.final}: the disk has {free:,} bytes free, the output needs {needed:,}"
+                + more
             )
 
     def forget_all(self) -> None:
@@ -253,6 +256,11 @@ class OutputFolder:
         self._journal.add({"files": sorted(contents)})
         write_beside(self.path, contents)
 
+    def expect(self, names: Iterable[str], kept: Iterable[str]) -> None:
+        """Note files that another program makes, and remove those of earlier runs but `kept`."""
+        remove_files(self.path, self._beside - {*kept})
+        self._journal.add({"files": sorted(names)})
+
     def finish(self, files: Iterable[str]) -> None:
         """Sync everything to disk, and note in the journal that renaming begins.
 
@@ -272,6 +280,8 @@ class OutputFolder:
                 sync_folder(each)
             self.writer.close()  # some systems cannot rename a folder with an open file
         shard = self._plan.shards[0].file if self._plan.is_one_file else None
+        if self._plan.conversion is not None:
+            self._journal.add({"not kept": self._shard_names})
         begin_naming(self._journal, shard=shard, old=self._old)
 
     @property
@@ -341,38 +351,6 @@ def has_no_tensor(final: Path, journal: Journal) -> bool:
         finally:
             own.close()
     return True
-
-
-def write_beside(folder: Path, contents: Mapping[str, bytes | Path]) -> None:
-    """Write or copy files into a folder, and sync them to disk."""
-    for name, data in contents.items():
-        with naming(folder / name, "written"):
-            descriptor = make_inside(folder, name)
-            try:
-                position = 0
-                for part in _parts(data):
-                    write_exactly(descriptor, position, memoryview(part))
-                    position += len(part)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _parts(data: bytes | Path) -> Iterator[bytes]:
-    """Yield the bytes of a file to be copied, block by block, or the given bytes."""
-    if isinstance(data, bytes):
-        yield data
-        return
-    try:
-        with open_file(data) as file:
-            left = os.fstat(file.fileno()).st_size
-            while part := file.read(1 << 20):
-                left -= len(part)
-                yield part
-        if left > 0:
-            raise EOFError("the file ends early")
-    except (OSError, EOFError) as error:
-        raise failure(data, "read", error) from error
 
 
 def differing(found: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:

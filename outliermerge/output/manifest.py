@@ -31,7 +31,8 @@ from outliermerge.execution.jobs import JobResult
 from outliermerge.optional import installed_version
 from outliermerge.output.card import model_card
 from outliermerge.output.drift import measure_drift
-from outliermerge.output.folder import finish_interrupted
+from outliermerge.output.folder import OutputFolder, finish_interrupted
+from outliermerge.output.llama_cpp import convert
 from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
 from outliermerge.output.mergekit_config import MERGEKIT_NAME, mergekit_text
 from outliermerge.output.names import real_output, shard_path
@@ -102,7 +103,8 @@ def write_sidecars(
     drift = measure_drift(plan, folder.done, folder.writer)
     contents = sidecar_contents(plan)
     indexes = make_indexes((job.output for job in plan.jobs), plan.components)
-    contents |= {name: text.encode() for name, text in indexes.items()}
+    if plan.conversion is None:
+        contents |= {name: text.encode() for name, text in indexes.items()}
     if not plan.is_one_file:
         contents[RECIPE_NAME] = recipe_text(plan, options, folder.done).encode()
         if (text := mergekit_text(plan)) is not None:
@@ -110,7 +112,12 @@ def write_sidecars(
         again = command(plan, options, folder.done)
         contents[CARD_NAME] = model_card(plan, contents, drift, again).encode()
     folder.write_files(contents)
-    manifest = _manifest(plan, folder.done, folder.path, sorted(contents), options)
+    names, made = sorted(contents), dict[str, Any]()
+    if plan.conversion is not None:
+        assert isinstance(folder, OutputFolder)
+        made = {"conversion": convert(plan.conversion, folder, names)}
+        names += plan.conversion.files
+    manifest = _manifest(plan, folder.done, folder.path, names, options) | made
     manifest |= {"inputs": inputs, **({"drift": drift} if drift else {})}
     if load_check is not None:
         manifest["load_check"] = load_check.as_dict()
@@ -149,7 +156,7 @@ def _manifest(
                 "num_bytes": shard.num_bytes,
                 "header": _checksum(header_checksum, folder / shard.file),
             }
-            for shard in plan.shards
+            for shard in (plan.shards if plan.conversion is None else ())
         },
         "input_bytes": plan.num_read_bytes,
         "read_bytes": sum(results[job.name].read_bytes for job in plan.jobs),
@@ -164,7 +171,7 @@ def _manifest(
         "tensors": {
             job.name: _plain(
                 {
-                    "file": job.output.file,
+                    "file": job.output.file if plan.conversion is None else FILE,
                     "dtype": job.output.dtype.name,
                     "shape": list(job.output.shape),
                     **({"offset": job.output.offset} if job.output.file == FILE else {}),

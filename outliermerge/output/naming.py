@@ -100,6 +100,8 @@ def finish_naming(journal: Journal) -> Path | None:
         done.append(move)
     sync_folder(journal.final.absolute().parent)
     try:
+        if not_kept := journal.last("not kept"):
+            remove_files(journal.final, {*not_kept})
         return _remove_old(journal, moves)
     except OSError as error:
         place = Path(error.filename or partial_folder(journal.final))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from outliermerge.errors import OutlierMergeError
 from outliermerge.output.bucket_folder import BucketFolder
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.names import Final, real_output
@@ -34,5 +35,10 @@ def open_output(
     facts |= {"overwrite": overwrite, "all_named": all_named, "part": part}
     with watching(Watched()):  # files of an old output are not inputs: do not note them
         if isinstance(final, str):
+            if plan.conversion is not None:
+                raise OutlierMergeError(
+                    f"{final}: llama.cpp's converter reads and writes files of this machine: write "
+                    "a folder, and copy it there"
+                )
             return BucketFolder(plan, final, **facts)
         return OutputFolder(plan, real_output(final), **facts)

@@ -36,7 +36,8 @@ class RunOptions:
         load_check: let transformers, where it is installed, prove in another process that it
             loads the output, as the command line does; it takes some seconds beside the merge.
         on_progress: called with the bytes just worked on, by any thread.
-        on_waiting: called when all is computed and only the proof of loading is waited for.
+        on_waiting: called when all is computed, and the proof of loading or llama.cpp's converter
+            is waited for.
         executor: what runs the plan's jobs: threads, or a function that is called like theirs.
 
     Raises:

@@ -209,6 +209,8 @@ def run_plans(
             chosen.on_waiting()
             verdicts = [*check.verdicts()]
             check.raise_if_bad(unfinished)
+        if any(plan.conversion for plan, _ in plans):
+            chosen.on_waiting()
         manifests = [
             read_manifest(output_here(folder.final, MANIFEST_NAME))
             if folder.is_finished

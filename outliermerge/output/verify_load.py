@@ -15,6 +15,7 @@ from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.output.load_check import LoadCheck, Part, Shapes, Verdict, find_parts
 from outliermerge.output.manifest_file import read_manifest
+from outliermerge.planning.gguf import FILE
 from outliermerge.planning.tied_names import ties_head, vocabulary_rows
 from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.spec.settings import find_layers
@@ -39,6 +40,9 @@ def check_folder(folder: Path) -> Verdict:
 def _check(folder: Path, manifest: Mapping[str, Any]) -> Verdict:
     if not folder.is_dir():
         note = "a single file has no config beside it: nothing says what loads it"
+        return Verdict("not checked", notes=(note,))
+    if FILE in {*manifest["shards"], *manifest["files"]}:
+        note = "not checked that it loads: this check knows no GGUF files"
         return Verdict("not checked", notes=(note,))
     try:
         files = {name: _shapes(folder / name) for name in manifest["shards"]}

@@ -1,10 +1,10 @@
-"""The weight files of an output, and the record of which tensors are written."""
+"""The files of an output, and the record of which tensors are written."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,6 +20,7 @@ from outliermerge.execution.jobs import JobResult
 from outliermerge.output.resumed import made_of_others
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.failures import failure, naming
+from outliermerge.storage.stamps import open_file
 from outliermerge.storage.system import (
     check_own,
     make_inside,
@@ -271,3 +272,35 @@ def _inodes(plan: Plan) -> set[tuple[int, int]]:
             status = path.stat()
             found.add((status.st_dev, status.st_ino))
     return found
+
+
+def write_beside(folder: Path, contents: Mapping[str, bytes | Path]) -> None:
+    """Write or copy files into a folder, and sync them to disk."""
+    for name, data in contents.items():
+        with naming(folder / name, "written"):
+            descriptor = make_inside(folder, name)
+            try:
+                position = 0
+                for part in _parts(data):
+                    write_exactly(descriptor, position, memoryview(part))
+                    position += len(part)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _parts(data: bytes | Path) -> Iterator[bytes]:
+    """Yield the bytes of a file to be copied, block by block, or the given bytes."""
+    if isinstance(data, bytes):
+        yield data
+        return
+    try:
+        with open_file(data) as file:
+            left = os.fstat(file.fileno()).st_size
+            while part := file.read(1 << 20):
+                left -= len(part)
+                yield part
+        if left > 0:
+            raise EOFError("the file ends early")
+    except (OSError, EOFError) as error:
+        raise failure(data, "read", error) from error

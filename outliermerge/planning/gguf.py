@@ -7,6 +7,7 @@ any other: each tensor has its place before a byte is read.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import tempfile
@@ -22,15 +23,19 @@ from outliermerge.checkpoint.made import HeldTensor, Shifted
 from outliermerge.checkpoint.quantized.grouped import GROUP, Q8Blocks
 from outliermerge.checkpoint.rearranged import Swapped, cut, reshaped, stack
 from outliermerge.checkpoint.sources import DTYPES, Source
+from outliermerge.display import human_bytes
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.optional import is_installed, require_package
 from outliermerge.planning.gguf_settings import (
     ARCHITECTURES,
     Architecture,
+    NotWrittenError,
+    add_sampling,
     add_settings,
     check_config,
     rope_factors,
 )
+from outliermerge.planning.llama_cpp import Conversion, check_known, find_converter
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.planning.quantized_jobs import copy_of, sources_of
 from outliermerge.planning.sidecars import sidecar_contents
@@ -39,6 +44,9 @@ from outliermerge.storage.files import small_bytes
 FILE = "model.gguf"
 _ALIGNMENT = 32
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# By the dtype of matrices the converter's word for the type, and by that the bytes of an element.
+_OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How texts are cut before they become tokens, and llama.cpp's name for it.
@@ -55,22 +63,55 @@ _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 def as_gguf(plan: Plan) -> Plan:
     """Return a plan whose output is one GGUF file, and the files beside it.
 
+    What is not written here is planned as safetensors, of which llama.cpp's converter makes it.
+
     Raises:
         SpecError: the model is of a kind that cannot be written so, or `gguf` is not installed.
     """
-    spec = plan.spec
     try:
-        return _as_gguf(plan)
+        require_package("gguf", "a GGUF output", "gguf")
+        if plan.is_one_file or set(plan.components) != {""}:
+            raise OutlierMergeError("the base is no folder of one model, of which gguf is made")
+        contents = {name: _read(content) for name, content in sidecar_contents(plan).items()}
+        config = json.loads(contents.get("config.json", b"{}"))
+        try:
+            return _written_here(plan, config, contents)
+        except NotWrittenError as error:
+            return _by_converter(plan, config, str(error))
     except OutlierMergeError as error:
-        raise spec.source.error(("format",), str(error)) from error
+        raise plan.spec.source.error(("format",), str(error)) from error
 
 
-def _as_gguf(plan: Plan) -> Plan:
-    require_package("gguf", "a GGUF output", "gguf")
-    if plan.is_one_file or set(plan.components) != {""}:
-        raise OutlierMergeError("the base is no folder of one model, of which gguf could be made")
-    contents = {name: _read(content) for name, content in sidecar_contents(plan).items()}
-    config = json.loads(contents.get("config.json", b"{}"))
+def _by_converter(plan: Plan, config: Mapping[str, Any], why: str) -> Plan:
+    """Return the plan of safetensors that llama.cpp's converter makes a GGUF file of.
+
+    Raises:
+        OutlierMergeError: it is not here, or does not know the model.
+    """
+    try:
+        program, is_program = find_converter()
+        check_known(program, config)
+    except OutlierMergeError as error:
+        raise OutlierMergeError(f"{why}. {error}") from error
+    entry = plan.spec.document.quantize
+    outtype = "q8_0" if entry is not None else _OUTTYPES.get(_common_dtype(plan.jobs), "f32")
+    num_bytes = sum(
+        job.num_elements * (_BYTES[outtype] if len(job.output.shape) > 1 else 4)
+        for job in plan.jobs
+    )
+    has_tower = any(config.get(f"{kind}_config") for kind in ("vision", "audio"))
+    conversion = Conversion(
+        program, is_program, _name(plan, config), outtype,
+        files=(FILE, *([f"mmproj-{FILE}"] if has_tower else [])), num_bytes=math.ceil(num_bytes),
+    )  # fmt: skip
+    note = (
+        f"{why}. So safetensors are written ({human_bytes(plan.num_written_bytes)}), of which "
+        f"{program} makes {outtype} (about {human_bytes(conversion.num_bytes)}), and then removed"
+    )
+    return replace(plan, conversion=conversion, notes=(*plan.notes, note))
+
+
+def _written_here(plan: Plan, config: Mapping[str, Any], contents: Mapping[str, bytes]) -> Plan:
     known = check_config(config)
     jobs = tuple(_jobs(plan, config, known))
     header = _header(jobs, plan, config, contents)
@@ -219,6 +260,7 @@ def _header(
         writer = gguf.GGUFWriter(path, arch)
         writer.kv_data[0] = {GGUF_KEY: _length(0), **writer.kv_data[0]}
         _add_settings(writer, plan, config, jobs)
+        add_sampling(writer, json.loads(contents.get("generation_config.json", b"{}")))
         _add_tokenizer(writer, config, contents, Path(folder))
         for job in jobs:
             is_q8 = isinstance(job.sources[0][1], Q8Blocks)
@@ -230,6 +272,7 @@ def _header(
                 job.output.num_bytes,
                 raw_dtype=gguf.GGMLQuantizationType[kind],
             )
+        writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -238,6 +281,16 @@ def _header(
     header += bytes(-len(header) % _ALIGNMENT)
     at = header.index(GGUF_KEY.encode()) + len(GGUF_KEY) + 4
     return header[:at] + struct.pack("<Q", len(header)) + header[at + 8 :]
+
+
+def _name(plan: Plan, config: Mapping[str, Any]) -> str:
+    return f"{config['model_type']} merged by {plan.spec.title}"
+
+
+def _common_dtype(jobs: Sequence[Job]) -> str:
+    """Return the dtype that most matrices have."""
+    types = [job.output.dtype.name for job in jobs if len(job.output.shape) > 1]
+    return max(types, key=types.count, default="")
 
 
 def _length(num_bytes: int) -> Any:
@@ -252,12 +305,12 @@ def _add_settings(
 ) -> None:
     import gguf
 
-    writer.add_name(f"{config['model_type']} merged by {plan.spec.title}")
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(_name(plan, config))
+    writer.add_tags(["merge", "outliermerge"])
     add_settings(writer, config, ARCHITECTURES[config["model_type"]])
-    types = [job.output.dtype.name for job in jobs if len(job.output.shape) > 1]
-    common = max(set(types), key=types.count)
     by_dtype = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
-    file_type = by_dtype.get(common, "MOSTLY_Q8_0")
+    file_type = by_dtype.get(_common_dtype(jobs), "MOSTLY_Q8_0")
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
@@ -268,7 +321,7 @@ def _add_tokenizer(
     """Add the tokens, their kinds, merges, and special tokens.
 
     Raises:
-        OutlierMergeError: it is of a kind that cannot be written.
+        NotWrittenError: it is of a kind that is not known here.
     """
     import gguf
 
@@ -287,7 +340,7 @@ def _add_tokenizer(
     elif "tokenizer.model" in contents and is_installed("sentencepiece"):
         vocab: Any = gguf.SentencePieceVocab(folder)
         every = [*vocab.all_tokens()][:num_rows]
-        every += [(f"[PAD{n}]".encode(), -1e3, _UNUSED) for n in range(len(every), num_rows)]
+        every += [(f"[PAD{n}]".encode(), -1e4, _UNUSED) for n in range(len(every), num_rows)]
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         if config["model_type"].startswith("gemma"):
@@ -296,7 +349,7 @@ def _add_tokenizer(
         writer.add_token_scores([score for _, score, _ in every])
         writer.add_token_types([int(kind) for _, _, kind in every])
     else:
-        raise OutlierMergeError(
+        raise NotWrittenError(
             "gguf holds the tokenizer, too: found no tokenizer.json of BPE on bytes, and no "
             "tokenizer.model (which needs sentencepiece)"
         )
@@ -324,7 +377,7 @@ def _pre(said: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of how texts are cut before they become tokens.
 
     Raises:
-        OutlierMergeError: it is not known, and llama.cpp would cut texts otherwise.
+        NotWrittenError: it is not known, and llama.cpp would cut texts otherwise.
     """
     cut = said.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
@@ -335,8 +388,8 @@ def _pre(said: Mapping[str, Any]) -> str:
     is_known = len(patterns) == 1 and kinds <= {"Split", "ByteLevel"}
     found = CUTS.get(patterns[0]) if is_known else None
     if found is None:
-        raise OutlierMergeError(
+        raise NotWrittenError(
             "the tokenizer cuts texts as no tokenizer does that is known here (Llama 3, Qwen 2, "
-            "GPT-2): write safetensors, and convert them by llama.cpp's convert_hf_to_gguf.py"
+            "GPT-2)"
         )
     return found

@@ -13,8 +13,15 @@ from typing import Any
 
 from outliermerge.errors import OutlierMergeError, shown
 
-_BY_HAND = "write safetensors, and convert them by llama.cpp's convert_hf_to_gguf.py"
+_ROPES = ("default", "linear", "yarn")
 _SWA_BASE = 10_000.0  # of the rotary embeddings of Gemma 3's sliding layers
+# By the keys of generation_config.json llama.cpp's words.
+_SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp",
+             "repetition_penalty": "penalty_repeat"}  # fmt: skip
+
+
+class NotWrittenError(OutlierMergeError):
+    """A kind of model or tokenizer that is not written here, and that llama.cpp may know."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Architecture:
             that says none.
         ropes: types of rotary embeddings.
         period: of the layers with full attention; the others slide.
+        largest: the number of layers of the model whose queries are scaled by hidden size / heads.
     """
 
     name: str
@@ -38,23 +46,24 @@ class Architecture:
     is_turned: bool = False
     norm: float = 0.0
     fixed: Mapping[str, tuple[Any, Any]] | None = None
-    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    ropes: tuple[str, ...] = _ROPES
     period: int = 0
+    largest: int = 0
 
 
 _SPARSE = {"decoder_sparse_step": (1, 1), "mlp_only_layers": ([], [])}
 _GELU = ("gelu_pytorch_tanh",)
 _CAPS = {"attn_logit_softcapping": (None, None), "final_logit_softcapping": (None, None)}
 ARCHITECTURES = {
-    "llama": Architecture("llama", is_turned=True, ropes=("default", "linear", "yarn", "llama3")),
-    "mistral": Architecture("llama", is_turned=True),
+    "llama": Architecture("llama", is_turned=True, ropes=(*_ROPES, "llama3")),
+    "mistral": Architecture("llama", is_turned=True, ropes=(*_ROPES, "llama3")),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen2_moe": Architecture("qwen2moe", fixed=_SPARSE | {"norm_topk_prob": (False, False)}),
     "qwen3_moe": Architecture("qwen3moe", fixed=_SPARSE | {"norm_topk_prob": (False, True)}),
-    "gemma2": Architecture("gemma2", _GELU, norm=1.0, ropes=("default",), period=2),
+    "gemma2": Architecture("gemma2", _GELU, norm=1.0, ropes=("default",), period=2, largest=46),
     "gemma3_text": Architecture(
-        "gemma3", _GELU, norm=1.0, fixed=_CAPS, ropes=("default", "linear"), period=6
+        "gemma3", _GELU, norm=1.0, fixed=_CAPS, ropes=("default", "linear"), period=6, largest=62
     ),
 }
 
@@ -63,20 +72,20 @@ def check_config(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a model.
 
     Raises:
-        OutlierMergeError: llama.cpp computes such models otherwise, or not at all.
+        NotWrittenError: it is of a kind that is not known here.
+        OutlierMergeError: llama.cpp computes such models otherwise.
     """
     kind = config.get("model_type")
     known = ARCHITECTURES.get(str(kind))
     if known is None:
-        raise OutlierMergeError(
-            f"gguf is written of the model types {', '.join(ARCHITECTURES)}; this is {kind!r}. "
-            "Write safetensors, and convert them by llama.cpp's convert_hf_to_gguf.py"
+        raise NotWrittenError(
+            f"gguf is written of the model types {', '.join(ARCHITECTURES)}; this is {kind!r}"
         )
     rope_type = _rope(config).get("rope_type", "default")
     if rope_type not in known.ropes:
         raise OutlierMergeError(
             f"gguf is not written of models of the type {kind} with a rope of type {rope_type!r}: "
-            f"{_BY_HAND}"
+            "write safetensors"
         )
     key = "hidden_activation" if "hidden_activation" in config else "hidden_act"
     activation = config.get(key, known.activations[0])
@@ -87,9 +96,10 @@ def check_config(config: Mapping[str, Any]) -> Architecture:
         )
     fixed = dict(known.fixed or {})
     if known.norm:
-        head = config.get("head_dim", 256)
+        head, num = config.get("head_dim", 256), config["num_hidden_layers"]
+        if num == known.largest:
+            head = config["hidden_size"] // config["num_attention_heads"]
         fixed["query_pre_attn_scalar"] = (256, head)
-        num = config["num_hidden_layers"]
         layers = ["full_attention" if (n + 1) % known.period == 0 else "sliding_attention"
                   for n in range(num)]  # fmt: skip
         fixed["layer_types"] = (layers, layers)
@@ -147,7 +157,7 @@ def add_rope(writer: Any, config: Mapping[str, Any]) -> None:
     if others:
         raise OutlierMergeError(
             f"config.json: the rope of type 'yarn' has {', '.join(others)}, which is not written "
-            f"to gguf: {_BY_HAND}"
+            "to gguf: write safetensors"
         )
     before = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
     writer.add_rope_scaling_orig_ctx_len(int(before))
@@ -201,6 +211,16 @@ def add_settings(writer: Any, config: Mapping[str, Any], known: Architecture) ->
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if known.period:
         writer.add_sliding_window(config["sliding_window"])
+    if known.name == "gemma3":
+        writer.add_float32(f"{known.name}.rope.freq_base_swa", _SWA_BASE)
     if known.name == "gemma2":
         writer.add_attn_logit_softcapping(config.get("attn_logit_softcapping") or 0.0)
         writer.add_final_logit_softcapping(config.get("final_logit_softcapping") or 0.0)
+
+
+def add_sampling(writer: Any, generation: Mapping[str, Any]) -> None:
+    """Add what a generation_config.json says of sampling, with packages gguf that know it."""
+    for key, word in _SAMPLING.items():
+        add = getattr(writer, f"add_sampling_{word}", None)
+        if add is not None and generation.get(key) is not None:
+            add(generation[key])

@@ -27,6 +27,7 @@ from outliermerge.planning.job import Proof as Proof
 from outliermerge.planning.job import Sidecar as Sidecar
 from outliermerge.planning.job import Stacked as Stacked
 from outliermerge.planning.job import row_elements as row_elements
+from outliermerge.planning.llama_cpp import Conversion
 from outliermerge.planning.merged import bytes_of_merges, merge_of, read_again
 from outliermerge.planning.plan_html import plan_as_html
 from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
@@ -66,6 +67,7 @@ class Plan:
         ids: by file of the config the token ids that change, by the keys that lead to them.
         quantization: what the config says of quantised weights, where the spec asks for some.
         transplant: how good the rows of another tokenizer's tokens are, as JSON values.
+        conversion: what llama.cpp's converter makes of the output, which is then removed.
     """
 
     spec: MergeSpec
@@ -93,6 +95,7 @@ class Plan:
     ids: Mapping[str, Mapping[tuple[str, ...], Any]] = field(default_factory=dict)
     transplant: Mapping[str, Any] | None = None
     quantization: Mapping[str, Any] | None = None
+    conversion: Conversion | None = None
 
     def __repr__(self) -> str:
         return short_repr(
@@ -311,6 +314,7 @@ class Plan:
             **({"modules": [m.as_dict() for m in self.modules]} if self.modules else {}),
             "gradients": {name: dict(stacks) for name, stacks in self.gradients.items()},
             "shards": [{"file": s.file, "num_bytes": s.num_bytes} for s in self.shards],
+            **({"conversion": self.conversion.as_dict()} if self.conversion else {}),
             "sidecars": {sidecar.name: str(sidecar.path) for sidecar in self.sidecars},
             "dropped": list(self.dropped),
             "notes": list(self.notes),

@@ -259,7 +259,7 @@ class SpecDocument(_SpecEntry):
     format: Literal["safetensors", "gguf"] = Field(
         default="safetensors",
         description="What the weights are written as: `safetensors` (default), or `gguf`: one file "
-        "for llama.cpp, of models like Llama and Qwen.",
+        "for llama.cpp, of models like Llama and Qwen, and of others by llama.cpp's own converter.",
     )
     quantize: QuantizeField | None = Field(
         default=None,

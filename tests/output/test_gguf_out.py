@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import tokenizers
 import torch
 import transformers
 from checkpoints import fine_tune, load_folder
+from llama_cpp import TEXT, real_converter, save_tokenizer
 from quantizing import read
 from safetensors.torch import save_file
 
@@ -23,6 +26,8 @@ from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.parts import join, run_part
 from outliermerge.planning.gguf import CUTS
+from outliermerge.planning.gguf_settings import check_config
+from outliermerge.planning.llama_cpp import VARIABLE
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,13 +69,29 @@ MORE = {
         )
     ),
 }
+_SLIDES = {"sliding_window": 32, "num_hidden_layers": 2}
+SLIDING = {  # of which llama.cpp attends to all tokens, and has no key
+    "mistral": lambda size: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES | _SLIDES, vocab_size=size)
+    ),
+    "qwen2 sliding": lambda size: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            **SIZES | _SLIDES, vocab_size=size, use_sliding_window=True, max_window_layers=1
+        )
+    ),
+    "qwen3": lambda size: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            **SIZES | _SLIDES, vocab_size=size, use_sliding_window=True, max_window_layers=1,
+            head_dim=32,
+        )
+    ),
+}  # fmt: skip
 FORMS: dict[str, dict[str, Any]] = {
     "F16": {"out_dtype": "float16"},
     "BF16": {},
     "Q8_0": {"quantize": "q8_0"},
 }
 PRE = {"llama": "llama-bpe", "qwen2": "qwen2"}
-TEXT = "A merge of models, that is all: 12 and 345."
 
 
 def _tokenizer(folder: Path, pre: str) -> int:
@@ -205,7 +226,10 @@ def _change(folder: Path, target: Path, file: str, **values: Any) -> dict[str, A
 
 
 @pytest.mark.sampled(2)
-def test_what_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)  # where llama.cpp's converter is
     with pytest.raises(outliermerge.SpecError, match="quantize: found 'fp8', expected q8_0"):
         outliermerge.plan(spec_of(folder, format="gguf", quantize="fp8"))
     with pytest.raises(outliermerge.SpecError, match="quantize: found 'q8_0', expected `format"):
@@ -241,14 +265,23 @@ def test_values_beyond_the_scales_of_q8_0_are_refused(folder: Path, tmp_path: Pa
         outliermerge.run(spec | {"format": "gguf", "quantize": "q8_0"}, output=tmp_path / "out")
 
 
+def _save(kind: str, folder: Path) -> None:
+    """Save a model of a kind, with another value for each parameter."""
+    if kind.startswith("gemma"):
+        size = save_tokenizer(folder)
+    else:
+        size = _tokenizer(folder, "qwen2" if "qwen" in kind else "llama-bpe")
+    model = (KINDS | MORE | SLIDING)[kind](size)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.02
+    model.bfloat16().save_pretrained(folder)
+
+
 @pytest.fixture(scope="module", params=MORE)
 def further(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    model = MORE[request.param](_tokenizer(folder / "base", "llama-bpe"))
-    for parameter in model.parameters():
-        parameter.data += torch.randn_like(parameter) * 0.02
-    model.bfloat16().save_pretrained(folder / "base")
+    _save(request.param, folder / "base")
     fine_tune(folder / "base", folder / "task", seed=1)
     outliermerge.run(spec_of(folder, out_dtype="float32"), output=folder / "plain")
     return folder
@@ -279,6 +312,47 @@ def test_further_architectures_are_read_back_as_they_were_merged(
         for found in (loaded, ours) if name in ours else (loaded,):
             assert (found[name].float() - values).norm() <= close * values.norm(), name
     assert verify_folder(tmp_path / "out", threads=1) == []
+
+
+# What llama.cpp takes anyway where it is not said, and what is ours.
+_FURTHER = ("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length",
+            "rope.freq_base", "general.tags", "outliermerge.header_bytes")  # fmt: skip
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("kind", [*KINDS, *MORE, *SLIDING])
+def test_llama_cpps_own_converter_says_the_same(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    _save(kind, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"top_p": 0.5, "temperature": 0.75}')
+    spec = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "base")}]}
+    outliermerge.run(spec | {"format": "gguf"}, output=tmp_path / "out")
+    driver = Path(__file__).parents[1] / "llama_cpp_driver.py"
+    pre = "qwen2" if "qwen" in kind else "llama-bpe"
+    command = [sys.executable, str(driver), str(real_converter()), pre, str(tmp_path / "base")]
+    subprocess.run([*command, str(tmp_path / "theirs.gguf"), "bf16"], check=True)
+    ours = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    theirs = gguf.GGUFReader(tmp_path / "theirs.gguf")
+    found, wanted = (
+        {key: (field.types, field.contents()) for key, field in reader.fields.items()
+         if not key.startswith("GGUF.")}
+        for reader in (ours, theirs)
+    )  # fmt: skip
+    differing = {key for key in wanted if found.get(key) != wanted[key]} - {"general.name"}
+    if kind.startswith("qwen2") and "moe" not in kind:  # transformers adds a token of its own
+        differing -= {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"}
+    assert differing == set()
+    assert [key for key in found.keys() - wanted.keys() if not key.endswith(_FURTHER)] == []
+    mine, its = ({t.name: t for t in reader.tensors} for reader in (ours, theirs))
+    assert mine.keys() == its.keys()
+    for name, tensor in its.items():
+        assert mine[name].tensor_type == tensor.tensor_type
+        if name == "rope_freqs.weight":  # computed in float32 there
+            assert numpy.allclose(mine[name].data, tensor.data, rtol=3e-7)
+        else:
+            assert mine[name].data.tobytes() == tensor.data.tobytes(), name
+            shape = [*tensor.shape] if tensor.shape[-1] > 1 else [*tensor.shape[:-1]]
+            assert [*mine[name].shape] == shape  # the gate of shared experts is a row
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
@@ -340,3 +414,15 @@ def test_what_is_fixed_in_llama_cpp_must_be_as_the_config_says(
     values, message = REFUSED[kind]
     with pytest.raises(outliermerge.OutlierMergeError, match=message):
         outliermerge.plan(_change(further, tmp_path, "config.json", **values))
+
+
+def test_queries_of_gemma_27b_are_scaled_as_llama_cpp_does_with_so_many_layers() -> None:
+    layers = [f"{'full' if n % 6 == 5 else 'sliding'}_attention" for n in range(62)]
+    config = {
+        "model_type": "gemma3_text", "num_hidden_layers": 62, "hidden_size": 5376, "head_dim": 128,
+        "num_attention_heads": 32, "query_pre_attn_scalar": 168, "layer_types": layers,
+    }  # fmt: skip
+    assert check_config(config).name == "gemma3"
+    config |= {"num_hidden_layers": 61, "layer_types": layers[:61]}
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"scalar is 168, .* with 128"):
+        check_config(config)
