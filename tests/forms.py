@@ -141,6 +141,22 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any])
         (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
 
 
+def num_tensors(whole: Path) -> int:
+    """Return how many tensors an output has."""
+    return len(json.loads((whole / "outliermerge.json").read_text())["tensors"])
+
+
+def assert_same(output: Path, whole: Path) -> None:
+    """Check that an output has the files of another, and is alone in its folder."""
+    from outputs_elsewhere import files_of  # the driver of faults imports this module without it
+
+    found, expected = files_of(output), files_of(whole)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    assert outliermerge.verify(output) == []
+    assert [path.name for path in output.parent.iterdir() if path.name != "cache"] == [output.name]
+
+
 def _llama(seed: int) -> dict[str, torch.Tensor]:
     rows, norm = len(TOKENS), (WIDTH,)
     shapes = {f"{LAYER}.{part}": shape for part, shape in LINEAR.items()} | {

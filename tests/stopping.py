@@ -12,13 +12,19 @@ from outliermerge.output.journal import Journal
 
 
 @contextmanager
-def stopping_after(monkeypatch: pytest.MonkeyPatch, num_tensors: int) -> Iterator[None]:
-    """Interrupt a run when so many tensors are in its journals and one more is about to be."""
+def stopping_after(
+    monkeypatch: pytest.MonkeyPatch, num_tensors: int, *, key: str = "tensor"
+) -> Iterator[None]:
+    """Interrupt a run when so many tensors are in its journals and one more is about to be.
+
+    Args:
+        key: of the lines that are counted: `step` for those of an extraction.
+    """
     add, num_added = Journal.add, 0
 
     def add_or_stop(journal: Journal, entry: Mapping[str, Any]) -> None:
         nonlocal num_added
-        num_added += "tensor" in entry
+        num_added += key in entry
         if num_added > num_tensors:
             raise KeyboardInterrupt
         add(journal, entry)

@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import pytest
 import torch
 from checkpoints import save_tensors
 from safetensors.torch import load_file
+from stopping import stopping_after
 
 import outliermerge
 from outliermerge.cli.main import main
 from outliermerge.errors import OutlierMergeError
 from outliermerge.extraction.making import Making
-from outliermerge.output.journal import Journal
 
 NUM_LAYERS = 3
 # Four matrices of a layer, two of them experts in one step; embeddings, a norm, a bias.
@@ -68,21 +68,9 @@ def check_whole(models: Path, output: Path) -> None:
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
-@contextmanager
-def stopping_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Iterator[None]:
+def stopping_at(monkeypatch: pytest.MonkeyPatch, step: int) -> AbstractContextManager[None]:
     """Interrupt an extraction when a step is about to be noted."""
-    add, num_added = Journal.add, 0
-
-    def add_or_stop(journal: Journal, entry: Mapping[str, Any]) -> None:
-        nonlocal num_added
-        num_added += "step" in entry
-        if num_added == step:
-            raise KeyboardInterrupt
-        add(journal, entry)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "add", add_or_stop)
-        yield
+    return stopping_after(monkeypatch, step - 1, key="step")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from bucket_server import BucketServer
-from forms import FORMS, identities, save_models, spec
+from forms import FORMS, assert_same, identities, num_tensors, save_models, spec
 from outputs_elsewhere import bucket_served, files_of, weights_in
 from stopping import stopping_after
 
@@ -50,18 +50,6 @@ def whole(form: str, models: Path, own_cache: Path) -> Path:
 def copied(models: Path, target: Path) -> Path:
     """Copy models with their times, as a backup or a synchronised disk does."""
     return Path(shutil.copytree(models, target))
-
-
-def num_tensors(whole: Path) -> int:
-    return len(json.loads((whole / "outliermerge.json").read_text())["tensors"])
-
-
-def assert_same(output: Path, whole: Path) -> None:
-    found, expected = files_of(output), files_of(whole)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
-    assert outliermerge.verify(output) == []
-    assert [path.name for path in output.parent.iterdir() if path.name != "cache"] == [output.name]
 
 
 @FORM

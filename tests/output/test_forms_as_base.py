@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -12,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from forms import save_models
-from outputs_elsewhere import files_of
+from forms import assert_same, num_tensors, save_models
 from quantizing import PLAIN, checkpoint
 from stopping import stopping_after
 from stored_forms import KINDS, NAME, SHAPE
@@ -100,18 +98,6 @@ def made(form: str, root: Path, own_cache: Path) -> tuple[dict[str, Any], Path]:
         outliermerge.run(spec, output=place / "out", threads=1)
         _MADE[form] = spec, place / "out"
     return _MADE[form]
-
-
-def num_tensors(whole: Path) -> int:
-    return len(json.loads((whole / "outliermerge.json").read_text())["tensors"])
-
-
-def assert_same(output: Path, whole: Path) -> None:
-    found, expected = files_of(output), files_of(whole)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
-    assert outliermerge.verify(output) == []
-    assert [path.name for path in output.parent.iterdir() if path.name != "cache"] == [output.name]
 
 
 @FORM

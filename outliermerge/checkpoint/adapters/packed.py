@@ -13,6 +13,7 @@ from outliermerge.checkpoint.adapters.keys import LayerParts
 from outliermerge.checkpoint.adapters.products import ExpertSum
 from outliermerge.checkpoint.adapters.tensors import LowRankSum, as_of
 from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.model_types import effective_config
 from outliermerge.checkpoint.sources import Source, TensorMeta
 from outliermerge.errors import listing, shown
 
@@ -193,9 +194,10 @@ class PackedLayers:
         version = str(self.context.config.get("peft_version") or "")
         if _is_before_swap(version):
             return _FIRST_AXIS
-        types = model_types(self.context.base.root)
-        if _is_before_swap(version) is False and types and not types & TURNED_TYPES:
-            return _SECOND_AXIS
+        root = self.context.base.root
+        if _is_before_swap(version) is False and not model_types(root) & TURNED_TYPES:
+            if root.is_dir() and effective_config(read_json(root / "config.json")) is not None:
+                return _SECOND_AXIS  # transformers knows the class
         raise self.context.refuse(
             f"{shown(names[0])}: its experts {list(tensors[names[0]].shape)} are square, so that "
             "their shapes do not tell which axis A belongs to, which changed in peft 0.19, and "
