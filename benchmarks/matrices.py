@@ -6,7 +6,10 @@ is in an environment of its own:
 
     make bench-fusion-bench [ARGS="--size ViT-B/32 --layers 12 --runs 3 --only iso_c"]
 
-Writes results/matrices.json after every case. A case that is there is measured anew.
+Writes results/matrices.json after every case. A case that is there is measured anew. The memory of
+one tool alone, by the number of layers:
+
+    make bench-fusion-bench ARGS="--tool outliermerge --layers 12 --iterations 3 --results FILE"
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from suite import opened, save
 
 RESULT = Path(__file__).parent / "results" / "matrices.json"
 WORKER = Path(__file__).with_name("matrices_worker.py")
+TOOLS = ("outliermerge", "FusionBench")
 METHODS = ("iso_c", "iso_cts", "tsv_m", "wudi", "regmean", "fisher", "task_arithmetic", "ties")
 LAYERS = {"ViT-B/32": 12, "1.5B": 28}
 WITH_DATA = {"regmean": "gram", "fisher": "fisher"}
@@ -141,6 +145,8 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", action="append", default=[], choices=METHODS, metavar="METHOD")
+    parser.add_argument("--tool", action="append", default=[], choices=TOOLS, help="default: both")
+    parser.add_argument("--iterations", type=int, default=300, help="of wudi (default: 300)")
     parser.add_argument("--results", type=Path, default=RESULT, help="the JSON file to write")
     parser.add_argument("--folder", type=Path, help="where to build (default: TMPDIR)")
     options = parser.parse_args()
@@ -148,7 +154,8 @@ def main() -> None:
     now["hardware"] += f", {torch.get_num_threads()} thread(s) used"
     report = opened(options.results, now, go_on=True) | {"note": NOTE}
     num_layers = options.layers or LAYERS[options.size]
-    methods = options.only or METHODS
+    methods, tools = options.only or METHODS, options.tool or TOOLS
+    PARAMETERS["wudi"] = {"iterations": options.iterations}
     folder = Path(tempfile.mkdtemp(prefix="outliermerge-bench-", dir=options.folder))
 
     try:
@@ -162,14 +169,13 @@ def main() -> None:
                 "load_before": now["load_before"], "date": now["date"],
             }  # fmt: skip
             (folder / "spec.json").write_text(json.dumps(spec(method, folder, options.models)))
-            tools = ("outliermerge", "FusionBench")
             runs, failed = alternate(
                 {tool: [sys.executable, str(WORKER), tool, str(folder)] for tool in tools},
                 options.runs,
                 label=case["name"],
             )
             case |= {"runs": runs} | ({"failed": failed} if failed else {})
-            if not failed:
+            if len(runs) == len(TOOLS):
                 case["relative_distance"] = distance(folder)
             save(report, case, options.results)
     finally:

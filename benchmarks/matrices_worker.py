@@ -38,7 +38,8 @@ def ours(folder: Path, spec: dict[str, Any]) -> Callable[[], None]:
 def theirs(folder: Path, spec: dict[str, Any]) -> Callable[[], None]:
     """Return the merge by FusionBench's functions, which take all models in memory."""
     warnings.simplefilter("ignore")
-    merge = FUSION_BENCH[spec["merge_method"]]()
+    method, parameters = spec["merge_method"], spec["parameters"]
+    merge = _wudi(parameters["iterations"]) if method == "wudi" else FUSION_BENCH[method]()
 
     def run() -> None:
         models = [load_file(Path(one["model"]) / "model.safetensors") for one in spec["models"]]
@@ -96,10 +97,10 @@ def _tsv_m() -> Callable[..., State]:
     )
 
 
-def _wudi() -> Callable[..., State]:
+def _wudi(iterations: int) -> Callable[..., State]:
     from fusion_bench.method.wudi import wudi_merging
 
-    return _of_deltas(lambda deltas, apart: wudi_merging(deltas, "cpu", 300, apart))
+    return _of_deltas(lambda deltas, apart: wudi_merging(deltas, "cpu", iterations, apart))
 
 
 def _task_arithmetic() -> Callable[..., State]:
@@ -158,7 +159,6 @@ FUSION_BENCH: dict[str, Callable[[], Callable[..., State]]] = {
     "iso_c": _iso_c,
     "iso_cts": _iso_cts,
     "tsv_m": _tsv_m,
-    "wudi": _wudi,
     "regmean": _regmean,
     "fisher": _fisher,
     "task_arithmetic": _task_arithmetic,
