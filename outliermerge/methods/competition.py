@@ -5,6 +5,7 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Interval
@@ -57,6 +58,7 @@ def pcb(
     alone_ME = ((scores_ME >= low_M1) & (scores_ME > 0)).to(share_ME.dtype)
     share_ME = share_ME.where(width_M1 > 0, alone_ME)
     clamped_ME = deltas_ME.sign() * deltas_ME.abs().clamp(least_M1, most_M1)
+    clamped_ME.masked_fill_(~deltas_ME.isfinite(), math.nan)  # clamping hides infinities
     total_E = share_ME.sum(0).clamp(min=1e-12)
     merged_E: Tensor = (clamped_ME * share_ME * weight[:, None]).sum(0) / total_E * lambda_
     return merged_E

@@ -115,15 +115,17 @@ def iso_cts(
         else:
             _, vectors_RR = eigenvectors(gram(total_RC))
             left_RL, values_L, right_LC = along(vectors_RR, total_RC, common)
-            rest_RN = vectors_RR[:, : size - common]  # all that is orthogonal to the common ones
+            # All that is orthogonal to the common ones. Where the sum has fewer directions than
+            # these, LAPACK chooses which others are left out.
+            rest_RN = vectors_RR[:, : size - common]
         lefts, values, rights = [], [values_L], []
         for delta_RC, own in zip(deltas_MRC if each else (), weight, strict=False):
             wide_RC = delta_RC.double() * own
             if num_rows > num_columns:
-                wide_RC -= left_RL @ (left_RL.mT @ wide_RC)
-                own_RL, own_L, own_LC = decomposed(wide_RC, each)
+                rest_RC = wide_RC - left_RL @ (left_RL.mT @ wide_RC)
+                own_RL, own_L, own_LC = decomposed(rest_RC, each, wide_RC)
             else:
-                own_NL, own_L, own_LC = decomposed(rest_RN.mT @ wide_RC, each)
+                own_NL, own_L, own_LC = decomposed(rest_RN.mT @ wide_RC, each, wide_RC)
                 own_RL = rest_RN @ own_NL
             lefts.append(own_RL.mT)
             values.append(own_L)

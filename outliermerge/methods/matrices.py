@@ -108,7 +108,9 @@ def gram(matrix_RC: Tensor) -> Tensor:
     return torch.cat(panels)
 
 
-def decomposed(matrix_RC: Tensor, num: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def decomposed(
+    matrix_RC: Tensor, num: int | None = None, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return left singular vectors (R, L), singular values (L,) and right ones (L, C).
 
     They are those of largest value, in descending order, from the eigenvectors of the Gram matrix
@@ -119,6 +121,8 @@ def decomposed(matrix_RC: Tensor, num: int | None = None) -> tuple[Tensor, Tenso
     Args:
         matrix_RC: the matrix, in float64.
         num: how many; K by default.
+        whole: what the matrix is a remainder of, if it is one: then s₁ is the norm of this, so that
+            rounding errors of a remainder of 0 are taken for 0.
 
     >>> import torch
     >>> left, values, right = decomposed(torch.tensor([[0.0, 3], [4, 0]], dtype=torch.float64))
@@ -126,14 +130,14 @@ def decomposed(matrix_RC: Tensor, num: int | None = None) -> tuple[Tensor, Tenso
     ([4.0, 3.0], [[0.0, 3.0], [4.0, 0.0]])
     """
     if matrix_RC.shape[0] > matrix_RC.shape[1]:
-        right_CL, values_L, left_LR = decomposed(matrix_RC.mT, num)
+        right_CL, values_L, left_LR = decomposed(matrix_RC.mT, num, whole)
         return left_LR.mT, values_L, right_CL.mT
     _, vectors_RK = eigenvectors(gram(matrix_RC))
-    return along(vectors_RK, matrix_RC, num)
+    return along(vectors_RK, matrix_RC, num, whole)
 
 
 def along(
-    vectors_RK: Tensor, matrix_RC: Tensor, num: int | None = None
+    vectors_RK: Tensor, matrix_RC: Tensor, num: int | None = None, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `decomposed` does, given the eigenvectors, in ascending order."""
     size = vectors_RK.shape[1]
@@ -141,7 +145,8 @@ def along(
     right_LC = left_RL.mT @ matrix_RC
     # More exact than the roots of eigenvalues: the error is some ε of the largest, not √ε.
     values_L = right_LC.norm(dim=1)
-    is_zero_L = values_L <= values_L[:1] * math.sqrt(size * _EPSILON)
+    largest = values_L[:1] if whole is None else whole.norm()
+    is_zero_L = values_L <= largest * math.sqrt(size * _EPSILON)
     right_LC /= values_L.masked_fill(is_zero_L, 1)[:, None]
     return (
         left_RL.masked_fill(is_zero_L, 0),

@@ -32,10 +32,10 @@ def clamped(x: Tensor, low: float, high: float) -> tuple[Tensor, float, float]:
     return x.clamp(least, most), float(least), float(most)
 
 
-def pcb(deltas: list[Tensor], density: float) -> Tensor:
+def pcb(deltas: list[Tensor], density: float, weights: list[float] = WEIGHTS) -> Tensor:
     """Merge vectors, by the formula of the paper's code."""
     total, above, below = sum(deltas), 0, 0
-    for weight, delta in zip(WEIGHTS, deltas, strict=False):
+    for weight, delta in zip(weights, deltas, strict=False):
         size, least, most = clamped(delta.abs(), 1e-4, 1e-4)
         self_ = torch.exp(len(deltas) * ((size - least) / (most - least or 1)) ** 2)
         score, low, high = clamped(self_ * torch.tanh(delta * total), 1 - density, 0)
@@ -156,3 +156,21 @@ def test_ranks_over_tensors_of_several_dtypes_are_found(method, parameters, stat
     wide = outliermerge.merge_state_dicts([models, other], base=base, method=method, **parameters)
     for name, tensor in merged.items():
         assert torch.allclose(tensor.double(), wide[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("num_models", [80, 81, 120])
+def test_pcb_of_many_models_is_its_formula(num_models):
+    drawn = torch.Generator().manual_seed(8)
+    models = [torch.randn(90, generator=drawn) for _ in range(num_models)]
+    weights = [1.0] * num_models
+    merged = outliermerge.merge_tensors(models, base=torch.zeros(90), method="pcb", trim="tensor")
+    wanted = pcb([model.double() for model in models], 0.1, weights)
+    assert torch.allclose(merged.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_pcb_does_not_hide_what_is_not_finite(value):
+    models = [torch.linspace(-1, 1, 50), torch.linspace(-1, 2, 50)]
+    models[1][7] = value
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"infinite or NaN in models\[1\]"):
+        outliermerge.merge_tensors(models, base=torch.zeros(50), method="pcb", trim="tensor")

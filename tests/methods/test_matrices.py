@@ -296,6 +296,20 @@ def test_directions_of_0_stay_0():
     assert torch.allclose(merged.double(), s.mean() * u[:, :7] @ v[:7], atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_what_rounding_leaves_of_a_task_vector_is_no_direction(shape):
+    drawn = torch.Generator().manual_seed(6)
+    left, *rights = (
+        torch.randn(size, generator=drawn, dtype=torch.float64)
+        for size in [(shape[0], 3), (3, shape[1]), (3, shape[1])]
+    )
+    models, base = [left @ right for right in rights], torch.zeros(shape, dtype=torch.float64)
+    merged = outliermerge.merge_tensors(models, base=base, method="iso_cts")
+    # Nothing is left of a model beside the three directions of the sum.
+    wanted = outliermerge.merge_tensors(models, base=base, method="iso_c")
+    assert torch.allclose(merged, wanted, rtol=0, atol=1e-12)
+
+
 def test_a_matrix_with_fewer_rows_than_models_is_averaged_by_tsv_m():
     models = [torch.full((2, 9), float(n)) for n in (1, 2, 6)]
     merged = outliermerge.merge_tensors(models, base=torch.zeros(2, 9), method="tsv_m")

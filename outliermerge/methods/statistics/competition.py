@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TAIL = 1e-4  # of the smallest and of the largest magnitudes, as in the published code
+_LARGEST_POWER = 80  # exp of it is finite in float32
 
 
 def scores(deltas_ME: Tensor, least_M1: Tensor, most_M1: Tensor) -> Tensor:
-    """Return exp(N x²) tanh(δ Σδ), with x where |δ| is between its bounds, from 0 to 1."""
+    """Return exp(N x²) tanh(δ Σδ), with x where |δ| is between its bounds, from 0 to 1.
+
+    Of more than 80 models all are divided by exp(N − 80). Only their ratios count.
+    """
     width_M1 = (most_M1 - least_M1).masked_fill(most_M1 <= least_M1, 1)
     place_ME = (deltas_ME.abs().clamp(least_M1, most_M1) - least_M1) / width_M1
-    size_ME = (place_ME.square() * len(deltas_ME)).exp()
+    num_models = len(deltas_ME)
+    size_ME = (place_ME.square() * num_models - max(0, num_models - _LARGEST_POWER)).exp()
     return size_ME * (deltas_ME * deltas_ME.sum(0)).tanh()
 
 
