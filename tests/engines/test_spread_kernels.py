@@ -29,12 +29,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sce of mergekit": ("sce", {"select_topk": 0.6, "compat": "mergekit"}),
     "ram": ("ram", {"epsilon": 0.02}),
     "ram all": ("ram", {"epsilon": 0}),
-    "ram none": ("ram", {"epsilon": 1e39}),
+    "ram none": ("ram", {"epsilon": 1e38}),
     "ramplus_tl": ("ramplus_tl", {"epsilon": 0.03, "r": 0.7, "alpha": 0.9}),
     "ramplus_tl less": ("ramplus_tl", {"epsilon": 0.03, "r": -0.3}),
     "nearswap": ("nearswap", {}),
     "nearswap far": ("nearswap", {"t": 0.02}),
-    "nearswap back": ("nearswap", {"t": -0.5}),
 }
 
 
