@@ -46,6 +46,12 @@ for file in sorted(folder.glob("model*.safetensors")):
             data += content[start + begin : start + end]
             data += bytes(-len(data) % 32)
 print("WARNING:hf-to-gguf:Unknown RoPE type: other")
+if does == "writes nothing":
+    sys.exit()
+if does == "writes no tensors":
+    infos, data = [], b""
+if does == "prints much":
+    print("WARNING:" + "x" * 10**6)
 header = b"GGUF" + struct.pack("<IQQ", 3, len(infos), 0) + b"".join(infos)
 with open(out, "wb") as file:
     file.write(header + bytes(-len(header) % 32))

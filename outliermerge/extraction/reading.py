@@ -43,7 +43,11 @@ def difference(name: str, base: Source, model: Source, reader: Reader) -> float:
             if base.dtype != model.dtype or not torch.equal(ours, theirs):
                 return 1.0
             continue
-        squares += float((ours.double() - theirs.double()).square_().sum())
+        change = ours.double() - theirs.double()
+        total = float(change.square().sum())
+        if math.isnan(total):  # equal infinities
+            total = float(change.masked_fill_(ours == theirs, 0).square_().sum())
+        squares += total
     if not math.isfinite(squares):
         raise OutlierMergeError(
             f"{shown(name)}: found values that are infinite, NaN or too large to be squared, "

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.formats.gguf_file import read_file
+from outliermerge.checkpoint.formats.gguf_file import REFETCH, read_file
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.output.folder import OutputFolder
 from outliermerge.planning.gguf import FILE
@@ -22,7 +22,7 @@ from outliermerge.storage.failures import naming
 from outliermerge.storage.machine import kill_all, was_killed
 from outliermerge.storage.stamps import Watched, watching
 
-_NUM_LINES, _MOST_WARNINGS = 8, 20
+_NUM_LINES, _MOST_WARNINGS, _MOST_LETTERS = 8, 20, 300
 _TOWERS = "mmproj-"
 # What it would make of the name of the unfinished folder is left out.
 _NOT_GUESSED = ("basename", "finetune", "version", "organization", "size_label")
@@ -45,15 +45,12 @@ def convert(conversion: Conversion, folder: OutputFolder, kept: Iterable[str]) -
     folder.expect(names, kept)
     for file, tried in tries.items():
         log = _run(conversion, folder.path, tried, is_tower=file != FILE)
-        warnings += [line for line in log if line.startswith("WARNING")]
+        warnings += [line[:_MOST_LETTERS] for line in log if line.startswith("WARNING")]
         path, made = folder.path / file, folder.path / tried
         if not made.exists():  # older converters write it so
             made = made.with_name(_TOWERS + tried)
-        try:
-            with watching(Watched()):  # it is no input
-                read_file(made)
-        except OutlierMergeError as error:
-            raise _failure(conversion, folder.path, f"made no whole file: {error}", log) from error
+        if why := _what_is_wrong(made):
+            raise _failure(conversion, folder.path, f"made {why}", log)
         with naming(path, "made"):
             made.replace(path)
             descriptor = os.open(path, os.O_RDONLY)
@@ -62,6 +59,18 @@ def convert(conversion: Conversion, folder: OutputFolder, kept: Iterable[str]) -
             finally:
                 os.close(descriptor)
     return said | ({"warnings": warnings[:_MOST_WARNINGS]} if warnings else {})
+
+
+def _what_is_wrong(made: Path) -> str | None:
+    """Return what a converter has made that is no whole model; None if nothing is wrong."""
+    if not made.exists():
+        return "no file"
+    try:
+        with watching(Watched()):  # it is no input
+            tensors = read_file(made)[0]
+    except OutlierMergeError as error:
+        return f"no whole file: {str(error).removesuffix(REFETCH)}"
+    return None if tensors else "a file without tensors"
 
 
 def _run(conversion: Conversion, folder: Path, file: str, *, is_tower: bool) -> list[str]:
@@ -104,7 +113,7 @@ def _run(conversion: Conversion, folder: Path, file: str, *, is_tower: bool) -> 
 
 def _failure(conversion: Conversion, folder: Path, how: str, log: list[str]) -> OutlierMergeError:
     last = [line.strip() for line in log if line.strip()][-_NUM_LINES:]
-    said = "".join(f"\n  {shown(line[:300])}" for line in last)
+    said = "".join(f"\n  {shown(line[:_MOST_LETTERS])}" for line in last)
     return OutlierMergeError(
         f"{conversion.program}: {how}" + (f". Its last lines:{said}" if said else "")
         + f"\nThe merge stays in {folder}, and the same command goes on with the conversion."

@@ -286,6 +286,20 @@ def test_what_no_adapter_can_hold_is_refused_or_listed(
     ]
 
 
+def test_a_mask_of_infinities_that_both_models_have_is_no_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = {"attn.mask": torch.tensor([0.0, -torch.inf, torch.inf])}
+    command = two(tmp_path, PLAIN | mask, CHANGED | mask)
+    assert main([*command, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert [tensor["name"] for tensor in made["tensors"]] == ["a.weight"]
+    save_tensors(tmp_path / "tuned", CHANGED | {"attn.mask": -mask["attn.mask"]})
+    command[command.index("-o") + 1] += "-2"
+    assert main(command) == 1
+    assert "attn.mask: found values that are infinite" in capsys.readouterr().err
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "no rank": (["--rank"], "--rank"),
     "nothing": ([], "give --rank, --energy or --error"),

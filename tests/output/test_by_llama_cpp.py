@@ -91,14 +91,17 @@ def test_a_failure_is_told_and_the_merge_is_not_lost(
     out = tmp_path / "out"
     for does, message in {
         "fails": r"exit code 1. Its last lines:(\n.*)+unknown pre-tokenizer\nThe merge",
-        "truncates": "made no whole file: .*truncated",
+        "truncates": "made no whole file: .*truncated.* has \\d+. Its last lines",
+        "writes nothing": "made no file. Its last lines",
+        "writes no tensors": "made a file without tensors. Its last lines",
     }.items():
         monkeypatch.setenv("STAND_IN", does)
         with pytest.raises(outliermerge.OutlierMergeError, match=message):
             outliermerge.run(spec, output=out)
         assert not out.exists() and (tmp_path / "out.partial").is_dir()
-    monkeypatch.delenv("STAND_IN")
+    monkeypatch.setenv("STAND_IN", "prints much")
     done = outliermerge.run(spec, output=out)
+    assert [len(warning) for warning in done.manifest["conversion"]["warnings"]] == [43, 300]
     assert done.num_resumed == len(done.manifest["tensors"])
     assert (out / "model.gguf").read_bytes() == (tmp_path / "undisturbed/model.gguf").read_bytes()
     assert verify_folder(out, threads=1) == []

@@ -23,6 +23,8 @@ from outliermerge.storage.stamps import open_file
 
 HEADER = "gguf"
 """The key of a file's texts under which the types of its tensors and its values are, as JSON."""
+REFETCH = ". Fetch it again."
+"""The advice that ends a message about a broken file."""
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}
@@ -193,4 +195,4 @@ class _Header:
         return found
 
     def _fail(self, what: str) -> NoReturn:
-        raise OutlierMergeError(f"{self._path}: {what}. Fetch it again.")
+        raise OutlierMergeError(f"{self._path}: {what}{REFETCH}")
