@@ -19,6 +19,7 @@ from outliermerge.spec.document import (
     SourceEntry,
     SpecDocument,
 )
+from outliermerge.spec.quantize import OF_GGUF, QuantizeEntry
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
 from outliermerge.spec.tokenizer import TokenEntry, TokenizerEntry
@@ -31,6 +32,7 @@ _ENTRIES: dict[str, type[BaseModel]] = {
     "slices": SliceEntry,
     "sources": SourceEntry,
     "tokenizer": TokenizerEntry,
+    "quantize": QuantizeEntry,
 }
 
 
@@ -73,6 +75,8 @@ def _explained(
                 advice = f"It is a parameter of {method.name}: put it under `parameters`."
             elif near is not None and nearest(name, fields) is None:
                 advice = f"Did you mean the parameter {near!r}? Put it under `parameters`."
+            elif kind is QuantizeEntry and name in SpecDocument.model_fields:
+                advice = "It is a key of the spec: put it beside `quantize`."
             error = source.error(path, f"unknown key {quoted(name)}. {advice}", at_key=True)
             error.meant = near
             return error
@@ -82,6 +86,8 @@ def _explained(
             return source.error(
                 path, f"{in_words(problem)[: -len('a mapping')]}a text or a mapping"
             )
+        case "literal_error" if path == ("quantize", "to") and raw.get("format") == "gguf":
+            return source.error(path, f"found {quoted(str(problem['input']))}, expected {OF_GGUF}")
         case "literal_error":
             words = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
             known = {word: word for word in words}

@@ -10,6 +10,9 @@ from outliermerge.spec.settings import SettingError
 
 AS_BASE = "as-base"
 Q8 = "q8_0"
+OF_GGUF = (
+    "q8_0, with `format: gguf`: other types are made of the file by llama.cpp's llama-quantize"
+)
 _PER = {"fp8": ("channel", "tensor", "block"), "int8": ("channel",)}
 _METHODS = {
     "fp8": ("compressed-tensors", "fp8"),
@@ -81,7 +84,7 @@ def check_quantize(entry: QuantizeEntry | None, format_: str) -> None:
     if entry is None:
         return
     if (entry.to == Q8) != (format_ == "gguf"):
-        expected = "q8_0, with `format: gguf`" if format_ == "gguf" else "`format: gguf` with it"
+        expected = OF_GGUF if format_ == "gguf" else "`format: gguf` with it"
         raise SettingError(("quantize",), f"found '{entry.to}', expected {expected}")
     for key, choices in {"per": _PER, "quant_method": _METHODS}.items():
         value, valid = getattr(entry, key), choices.get(entry.to, ())

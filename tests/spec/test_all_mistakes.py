@@ -30,6 +30,11 @@ PARTS = {
     "missing": ("missing: base", "missing: skip", "missing: found 'skip', expected"),
     "rename": ("rename: []", "rename: nonesuch", "there is no map 'nonesuch'"),
     "other": ("# nothing", "dtpe: x", "unknown key 'dtpe'. Did you mean 'dtype'?"),
+    "quantize": (
+        "quantize: fp8",
+        "quantize: {to: fp8, format: gguf}",
+        "unknown key 'format'. It is a key of the spec: put it beside `quantize`.",
+    ),
 }
 
 
