@@ -232,7 +232,7 @@ def test_what_cannot_be_written_is_refused(
     monkeypatch.delenv(VARIABLE, raising=False)  # where llama.cpp's converter is
     with pytest.raises(outliermerge.SpecError, match="quantize: found 'fp8', expected q8_0"):
         outliermerge.plan(spec_of(folder, format="gguf", quantize="fp8"))
-    with pytest.raises(outliermerge.SpecError, match="found 'q4_k', expected q8_0.*llama-quantize"):
+    with pytest.raises(outliermerge.SpecError, match=r"'q4_k', expected q8_0.*llama-quantize"):
         outliermerge.plan(spec_of(folder, format="gguf", quantize="q4_k"))
     with pytest.raises(outliermerge.SpecError, match="quantize: found 'q8_0', expected `format"):
         outliermerge.plan(spec_of(folder, quantize="q8_0"))
