@@ -178,6 +178,9 @@ NV_GOOD, _ = packed("a", torch.ones(8, 32), NV, "nvfp4-pack-quantized",
                     weight_scale=torch.ones(8, 2), weight_global_scale=torch.ones(1))  # fmt: skip
 NV_CONFIG = compressed_config(NV, layout="nvfp4-pack-quantized")
 OSS = gpt_oss()
+UNPACKED = {
+    "a.weight": torch.ones(8, 32, dtype=torch.int8), "a.weight_scale": GOOD["a.weight_scale"]
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -208,6 +211,7 @@ OSS = gpt_oss()
         (GOOD | {"a.weight_g_idx": torch.ones(4)}, INT4_CONFIG, "a.weight_g_idx",
          "float32 (4,), expected int32 (32,)"),
         (GOOD, UNEVEN, "a.weight_scale", "its config says that there is a a.weight_zero_point"),
+        (UNPACKED, UNEVEN, "a.weight_scale", "its config says that there is a a.weight_zero_point"),
         (GOOD | {"a.weight_zero_point": torch.ones(8, 2, dtype=torch.int32)}, UNEVEN,
          "a.weight_zero_point", "int32 (8, 2), expected int32 (1, 2)"),
         (NV_GOOD | {"a.weight_scale": torch.ones(8, 2)}, NV_CONFIG, "a.weight_scale",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from outliermerge.checkpoint.quantized.blocks import Block, are_sizes, as_scale, scaled
 from outliermerge.checkpoint.quantized.model import (
@@ -62,10 +62,29 @@ def compressed_tensors(model: QuantizedModel) -> Changes:
         is_symmetric = args.get("symmetric", True) is not False
         schemes.append(_Scheme(args.get("num_bits"), (rows, columns), is_symmetric))
     changes = scaled(model, {"_scale": [scheme.block for scheme in schemes]})
+    for name, weight in changes.items():
+        if isinstance(weight, ScaledTensor) and weight.zero_point is None:
+            _refuse_without_zero_points(model, name, weight, schemes)
     for name, meta in model.tensors.items():
         if name.endswith("weight_packed"):
             changes |= _packed(model, name.removesuffix("_packed"), meta, schemes)
     return changes
+
+
+def _refuse_without_zero_points(
+    model: QuantizedModel, name: str, weight: ScaledTensor, schemes: list[_Scheme]
+) -> None:
+    """Refuse a weight that has none, where the config says of all that fit that they have."""
+    scale = model.tensors[f"{name}_scale"]
+    fitting = [s for s in schemes if _block(s, weight.shape, scale) == weight.block]
+    if fitting and not any(scheme.is_symmetric for scheme in fitting):
+        _lacks_zero_points(model, name)
+
+
+def _lacks_zero_points(model: QuantizedModel, name: str) -> NoReturn:
+    model.broken(
+        f"{name}_scale", f"its config says that there is a {name}_zero_point. {TAKE_ORIGINAL}"
+    )
 
 
 def _size(args: Mapping[str, Any], strategy: str) -> object:
@@ -165,9 +184,7 @@ def _zero_points(
     """Return zero points (…, R, groups), which are packed along the rows or bytes."""
     meta = model.tensors.get(f"{name}_zero_point")
     if meta is None:
-        model.broken(
-            f"{name}_scale", f"its config says that there is a {name}_zero_point. {TAKE_ORIGINAL}"
-        )
+        _lacks_zero_points(model, name)
     *stack, rows, groups = scale.shape if len(scale.shape) == len(shape) else (*scale.shape, 1)
     if meta.dtype.name == "int8" and meta.shape == scale.shape:
         return meta
