@@ -100,6 +100,8 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("t", "filter", "small"), _NUMBER),
     **dict.fromkeys(("seed", "num_points", "num_values"), _WHOLE),
     "rate": _NUMBER,
+    "by": (lambda value: value in ("model", "layer", "tensor"), "model, layer or tensor"),
+    "fisher": (lambda value: value in ("empirical", "sampled"), "empirical or sampled"),
     **dict.fromkeys(("steps", "batch", "max_tokens", "save_every"), _POSITIVE),
     "samples": (lambda value: value is None or _POSITIVE[0](value), "a whole number of 1 or more"),
     "rank": (lambda value: value is None or _WHOLE[0](value), "a whole number"),

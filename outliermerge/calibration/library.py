@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -192,9 +192,11 @@ def fit(
         >>> fitted = outliermerge.fit("merge.yaml", "chats.jsonl")  # doctest: +SKIP
         >>> outliermerge.run(fitted.document, output="merged")  # doctest: +SKIP
     """
-    if not 0 < rate < math.inf:
-        raise ArgumentError(f"{argument('rate')}: found {rate}, expected a number above 0")
+    if not 0 < rate <= sys.float_info.max:
+        raise ArgumentError(f"{argument('rate')}: found {quoted(rate)}, expected a number above 0")
     names = [data] if isinstance(data, (str, Path)) else data
+    if not names:
+        raise ArgumentError(f"{argument('data')}: none given, expected one or more")
     loaded = _spec(spec)
     return fitting.fit(
         loaded,

@@ -195,16 +195,17 @@ class Partial:
             return Sums()
         try:
             with safe_open(path, "pt") as file:
-                facts = file.metadata()
-                if int(facts["group"]) != number:
+                facts = {key: int(value) for key, value in file.metadata().items()}
+                if facts["group"] != number:
                     return Sums()
                 names = list(file.keys())
                 tensors = {name: file.get_tensor(name).to(self._loaded.device) for name in names}
-        except SafetensorError as error:
+                sums = Sums(tensors, facts["num_samples"], facts["num_tokens"])
+        except (SafetensorError, AttributeError, KeyError, ValueError) as error:
             raise OutlierMergeError(
                 f"{path}: is damaged: {shown(error)}. Remove {self._folder} to begin anew."
             ) from error
-        return Sums(tensors, int(facts["num_samples"]), int(facts["num_tokens"]))
+        return sums
 
     def write_group(self, number: int, group: Sequence[Unit], sums: Sums) -> None:
         """Write the statistics of a group, then the record that it is done."""

@@ -143,3 +143,9 @@ def test_the_function_gives_a_spec_that_the_command_writes(place, tmp_path):
         outliermerge.fit(spec, data, rate=0)
     with pytest.raises(outliermerge.ArgumentError, match="steps: found 0, expected a whole number"):
         outliermerge.fit(spec, data, steps=0)
+    with pytest.raises(outliermerge.ArgumentError, match=r"rate: found 10.*, expected a number"):
+        outliermerge.fit(spec, data, rate=10**400)
+    with pytest.raises(outliermerge.ArgumentError, match="by: found 'x', expected model, layer or"):
+        outliermerge.fit(spec, data, by="x")
+    with pytest.raises(outliermerge.ArgumentError, match="data: none given, expected one or more"):
+        outliermerge.fit(spec, [])

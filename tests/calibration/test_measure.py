@@ -198,9 +198,17 @@ def test_sums_of_another_division_are_not_gone_on_with(loaded, tmp_path):
     with pytest.raises(OutlierMergeError, match="another division into passes"):
         measure(loaded, SAMPLES, memory_bytes=other, **given)
     state = tmp_path / "s.partial/sums.safetensors"
-    state.write_bytes(state.read_bytes()[:99])
-    with pytest.raises(OutlierMergeError, match=r"sums\.safetensors: is damaged"):
-        measure(loaded, SAMPLES, memory_bytes=one, **given)
+    cut = state.read_bytes()[:99]
+    save_file({}, state)
+    for damaged in (state.read_bytes(), cut):  # one that does not say of what it is
+        state.write_bytes(damaged)
+        with pytest.raises(OutlierMergeError, match=r"sums\.safetensors: is damaged"):
+            measure(loaded, SAMPLES, memory_bytes=one, **given)
+
+
+def test_fisher_information_of_other_labels_is_refused(place):
+    with pytest.raises(outliermerge.ArgumentError, match="fisher: found 'x', expected empirical"):
+        outliermerge.measure(place / "a", place / "data.jsonl", fisher="x")
 
 
 def test_a_label_that_is_no_class_is_told(loaded):
