@@ -10,9 +10,7 @@ from outliermerge.spec.settings import SettingError
 
 AS_BASE = "as-base"
 Q8 = "q8_0"
-OF_GGUF = (
-    "q8_0, with `format: gguf`: other types are made of the file by llama.cpp's llama-quantize"
-)
+OF_GGUF = "q8_0, with `format: gguf`: leave it out, and llama.cpp's llama-quantize makes others"
 _PER = {"fp8": ("channel", "tensor", "block"), "int8": ("channel",)}
 _METHODS = {
     "fp8": ("compressed-tensors", "fp8"),
