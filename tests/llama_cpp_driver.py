@@ -24,4 +24,5 @@ def main() -> None:
         assert Path(out).is_file()
 
 
-main()
+if __name__ == "__main__":
+    main()

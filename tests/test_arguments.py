@@ -25,7 +25,8 @@ SOURCES = sorted(Path(outliermerge.__file__).parent.rglob("*.py"))
 # Flags of other programs, in the advice of messages.
 OF_OTHERS = {"--revision", "--include", "--local-dir", "--model", "--adapter-path", "--save-path",
              "--dequantize", "--index-url", "--force-reinstall", "--no-deps",
-             "--random-seed"}  # fmt: skip
+             "--random-seed", "--mmproj", "--outfile", "--outtype", "--metadata", "--tags",
+             "--always", "--dirty"}  # fmt: skip
 # What writes a command line into the output.
 COMMAND_LINES = ("recipe.py",)
 

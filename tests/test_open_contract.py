@@ -267,7 +267,7 @@ def test_what_a_method_needs_and_does_not_get_is_told(models, tmp_path):
         ({"merge_method": f"{__name__}:deeper"}, "see `modifiers`"),
         ({"modifiers": [{"modifier": "linear"}]}, "linear is a merge method"),
         ({"modifiers": [{"modifier": f"{__name__}:deeper", "parameters": {"x": 1}}]}, "'x'"),
-        ({"merge_method": "linear", "modifiers": [{"modifier": "x:y"}]}, "has no task vector"),
+        ({"merge_method": "linear", "modifiers": [{"modifier": "x:y"}]}, "change task vectors"),
     ],
 )
 def test_modifiers_are_checked_with_the_spec(more, message, models):
