@@ -83,7 +83,8 @@ def _in_python(found: re.Match[str]) -> str:
     value = found[2]
     if value is None:
         return found[1]
-    return f"{found[1]}={value if value in ('True', 'False') else repr(value)}"
+    is_text = value not in ("True", "False") and not value.isdigit()
+    return f"{found[1]}={repr(value) if is_text else value}"
 
 
 def direct(path: Path) -> Path:

@@ -14,7 +14,7 @@ from outliermerge.checkpoint.folders.hub import resolve
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Checkpoint, Source
 from outliermerge.engines.torch import is_finite
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import OutlierMergeError, argument, shown
 from outliermerge.execution.layerwise import require_transformers
 from outliermerge.storage.files import load_json
 
@@ -329,6 +329,13 @@ class Feeder:
             return self._loaded.module(**given), given, num_prompt
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             said = str(error).partition("\n")[0]
+            config = self._loaded.module.config.get_text_config()
+            num = given["input_ids"].shape[-1]
+            if num > (most := getattr(config, "max_position_embeddings", num)):
+                said = (
+                    f"it has {num} tokens, and the model is made for {most}: give "
+                    f"{argument('max_tokens', most)}"
+                )
             raise OutlierMergeError(
                 f"{shown(self._loaded.reference)}: the model fails on the sample "
                 f"{shown(sample.text)}: {said}"

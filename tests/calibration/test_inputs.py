@@ -6,6 +6,7 @@ Oracles compute in float64 what each matrix is given, from what the module of th
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,14 @@ def test_layers_that_are_merged_in_turn_give_what_their_statistics_give(name, me
     plain = load_folder(measured / name / "a-whole/gram")
     assert len(grams[0]) == len(plain)
     assert torch.allclose(grams[0][first], plain[first]) is False  # embeddings are averaged before
+
+
+def test_more_tokens_than_a_model_has_positions_are_told(place, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(place / "gpt2/a", folder)
+    config = transformers.GPT2Config.from_pretrained(folder, n_positions=3)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    with pytest.raises(OutlierMergeError, match="is made for 3: give max_tokens=3"):
+        outliermerge.measure(folder, place / "a.jsonl", output=tmp_path / "out")
+    again = {"max_tokens": 3, "fresh": True}
+    outliermerge.measure(folder, place / "a.jsonl", output=tmp_path / "out", **again)
