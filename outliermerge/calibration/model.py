@@ -329,9 +329,9 @@ class Feeder:
             return self._loaded.module(**given), given, num_prompt
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             said = str(error).partition("\n")[0]
-            config = self._loaded.module.config.get_text_config()
+            config: Any = self._loaded.module.config
             num = given["input_ids"].shape[-1]
-            if num > (most := getattr(config, "max_position_embeddings", num)):
+            if num > (most := getattr(config.get_text_config(), "max_position_embeddings", num)):
                 said = (
                     f"it has {num} tokens, and the model is made for {most}: give "
                     f"{argument('max_tokens', most)}"
