@@ -257,7 +257,7 @@ class Making:
             return f"is {list(base.shape)} in the base, and {list(model.shape)}"
         if not (base.dtype.is_float and model.dtype.is_float):
             return f"is {model.dtype.name}"
-        return "its module has modules in it; whole are saved only modules without"
+        return "is a parameter of a module with modules in it; peft saves only others whole"
 
     def _write_factors(
         self,
