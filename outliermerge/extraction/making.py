@@ -257,7 +257,7 @@ class Making:
             return f"is {list(base.shape)} in the base, and {list(model.shape)}"
         if not (base.dtype.is_float and model.dtype.is_float):
             return f"is {model.dtype.name}"
-        return "is a parameter of a module with modules in it; peft saves only others whole"
+        return "is a parameter of a module that has other modules; peft saves no such module whole"
 
     def _write_factors(
         self,
