@@ -334,7 +334,7 @@ def estimate(
     """
     if not isinstance(planned, Plan):
         raise wrong("planned", planned, "what plan() returned")
-    chosen = RunOptions.of(options, changes).on_this_machine()
+    chosen = RunOptions.of(options, changes).on_this_machine(planned)
     named = output or planned.spec.document.output
     return estimate_run(planned, chosen, None if named is None else as_final(named))
 

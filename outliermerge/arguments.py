@@ -113,7 +113,10 @@ _KINDS: dict[str, _Kind] = {
         lambda value: isinstance(value, str) and _DEVICE.fullmatch(value) is not None,
         "cpu, cuda, cuda:N or auto",
     ),
-    "memory": (lambda value: isinstance(value, (int, float, str)), 'a size such as "2GiB"'),
+    "memory": (
+        lambda value: value is None or isinstance(value, (int, float, str)),
+        'a size such as "2GiB"',
+    ),
     "models": (_is_list, "a list"),
     **dict.fromkeys(
         ("include", "exclude"),

@@ -70,7 +70,7 @@ def test_a_wrong_argument_is_named_as_where_it_was_given(
     assert printed.startswith(f"error: --{name.replace('_', '-')}: ")
     assert printed.partition(": ")[2].partition(": ")[2].strip() == str(raised.value).partition(
         ": "
-    )[2].replace("memory='188KiB'", "--memory 188KiB")
+    )[2].replace("memory='47KiB'", "--memory 47KiB")
 
 
 @pytest.mark.parametrize("points", [1, -5])

@@ -100,9 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory",
-        default="4GiB",
         metavar="SIZE",
-        help="most memory for what is computed at once, besides the program's own (default 4GiB)",
+        help="most memory for what is computed at once, besides the program's own (default 4GiB, "
+        "and what a matrix needs if that is more and is free)",
     )
     parser.add_argument(
         "--load-check",

@@ -110,14 +110,16 @@ def check_ray(options: argparse.Namespace) -> None:
             raise ArgumentError(f"{argument(name)}: only with {argument('executor', 'ray')}")
 
 
-def resolved(options: argparse.Namespace) -> Options:
-    """Return the options of a plan that is carried out here, or else on a Ray cluster.
+def resolved(options: argparse.Namespace, *plans: Plan) -> Options:
+    """Return the options of plans that are carried out here, or else on a Ray cluster.
 
     Raises:
-        ArgumentError: one is wrong, or what it names is not on this machine and must be.
+        ArgumentError: one is wrong, or what it names is not on this machine and must be, or the
+            memory is too little.
     """
     chosen = run_options(options)
-    return chosen.in_parts() if options.executor_name == "ray" else chosen.on_this_machine()
+    in_parts = options.executor_name == "ray"
+    return chosen.in_parts(*plans) if in_parts else chosen.on_this_machine(*plans)
 
 
 def carried_out(
@@ -159,7 +161,8 @@ def run_one_part(
         for plan, output in plans
     ]
     began = time.monotonic()
-    run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
+    # What is not here, or does not fit in memory, is said before a bar is drawn.
+    run_options(options).on_this_machine(*(plan for plan, _ in plans))
     work_bytes = sum(part_work_bytes(plan, own) for plan, own in jobs)
     with MergeBar(work_bytes, len(plans), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance)

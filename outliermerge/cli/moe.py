@@ -82,8 +82,7 @@ def run(options: argparse.Namespace) -> int:
     output = named_output(options)
     mixture = api.plan_moe(_read_spec(options), shard_size=options.shard_size)
     check_ray(options)
-    chosen = resolved(options)
-    mixture.plan.peak_memory_bytes(chosen)  # refuses a budget that is too small
+    chosen = resolved(options, mixture.plan)
     notes = note_of(options)
     if options.dry_run:
         verdict = None

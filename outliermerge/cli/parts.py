@@ -158,9 +158,9 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     add_machine(parser)
     parser.add_argument(
         "--memory",
-        default="1GiB",
         metavar="SIZE",
-        help="most memory for what is computed at once, besides the program's own (default 1GiB)",
+        help="most memory for what is computed at once, besides the program's own (default 1GiB, "
+        "and what a tensor needs if that is more and is free); fewer threads run if it has to be",
     )
     parser.add_argument(
         "--no-kernels",

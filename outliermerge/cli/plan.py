@@ -88,12 +88,11 @@ def show_plan(
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
 
-    chosen = run_options(options).on_this_machine()
+    chosen = run_options(options).on_this_machine(planned)
     named = named_output(options) or planned.spec.document.output
     output = output_path(planned, named) if named else None
     is_here = not isinstance(output, str)
     free = free_disk_bytes(Path(output) if output and is_here else Path.cwd())
-    planned.peak_memory_bytes(chosen)  # refuses a budget that is too small
     estimate = estimate_run(planned, chosen, output)
     began = time.perf_counter()
     verdict = check_loading(planned, quiet=options.quiet) if options.load_check else None

@@ -335,7 +335,8 @@ def duration(seconds: float) -> str:
 
 def _memory(estimate: Estimate, options: Options) -> str:
     """Return the memory that the whole process will take."""
-    blocks = f"{human_bytes(estimate.block_bytes)} for {options.threads} threads, device "
+    plural = "" if options.threads == 1 else "s"
+    blocks = f"{human_bytes(estimate.block_bytes)} for {options.threads} thread{plural}, device "
     blocks += options.device
     if estimate.process_bytes is None or estimate.program_bytes is None:
         return f"about {blocks}, besides the program"

@@ -71,13 +71,14 @@ def run(options: argparse.Namespace) -> int:
     if options.stream == "only":
         _refuse_reading_twice(planned)
     if options.verbose:
-        say(_in_a_line(planned, resolved(options)), file=sys.stderr)
+        say(_in_a_line(planned, resolved(options, planned)), file=sys.stderr)
     check_ray(options)
     plans = merge.plans_of(planned, output, options.keep)
     if options.part:
         return run_one_part(plans, options, notes=note_of(options))
     work_bytes = sum(each.work_bytes for each, _ in plans)
-    computing = resolved(options)  # what is not here is said before a bar is drawn
+    # What is not here, or does not fit in memory, is said before a bar is drawn.
+    computing = resolved(options, *(each for each, _ in plans))
     on_ray = options.executor_name == "ray"
     with MergeBar(
         work_bytes,

@@ -79,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
     plans = [(each.plan, sweeps.output_of(each, output)) for each in variants]
     on_ray, in_store = options.executor_name == "ray", isinstance(plans[0][1], str)
     total = sweeps.work_bytes(variants, read_once=not (on_ray or in_store))
-    resolved(options)  # what is not here is said before a bar is drawn
+    # What is not here, or does not fit in memory, is said before a bar is drawn.
+    resolved(options, *(each for each, _ in plans))
     with MergeBar(
         total,
         len(variants),

@@ -87,8 +87,7 @@ def run(options: argparse.Namespace) -> int:
         took = Took(time.perf_counter() - began)
         show_plan(planned.plan, options, took, further=[*_facts(planned)])
         return 0
-    chosen = run_options(options).on_this_machine()
-    planned.plan.peak_memory_bytes(chosen)  # refuses a budget that is too small
+    chosen = run_options(options).on_this_machine(planned.plan)
     path = output_path(planned.plan, output)
     refuse_taken(planned.plan, path, overwrite=options.overwrite)
     with reading_bar("approximating rows", quiet=options.quiet) as advance:

@@ -14,6 +14,7 @@ from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.execution.passes import Span, spans
 from outliermerge.methods.kernel_call import Place
+from outliermerge.planning.blocks import block_elements
 from outliermerge.planning.plan import Job, Options, Plan, row_elements
 from outliermerge.storage.stamps import other_bytes
 
@@ -55,7 +56,7 @@ class Work:
         job = jobs[0]
         self.job, self.engine, self.read_bytes = job, engine, 0
         self._seen: list[dict[int, bytes]] = [{} for _ in job.sources]
-        self.block_elements = min(plan.block_elements(each, options) for each in jobs)
+        self.block_elements = min(block_elements(each, options) for each in jobs)
         self._threads = options.threads
         metas = [meta for _, meta in job.sources]
         self.element_bytes = sum(meta.dtype.num_bytes for meta in metas)

@@ -32,9 +32,15 @@ from outliermerge.optional import is_installed, require_torch
 from outliermerge.planning.merged import MergedSource, read_again
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
-from outliermerge.storage.machine import free_memory_bytes, keep_freed_memory, num_threads
+from outliermerge.storage.machine import (
+    free_memory_bytes,
+    keep_freed_memory,
+    most_memory_bytes,
+    num_threads,
+)
 from outliermerge.storage.stand_ins import all_elsewhere
 
+DEFAULT_MEMORY_BYTES = 2**30
 _CACHED_SHARE = 0.9  # of free memory; outputs on local disks are written past the page cache
 
 
@@ -69,7 +75,7 @@ def choose_device(name: str) -> str:
 def choose_options(
     *,
     device: str,
-    memory: int | str,
+    memory: int | str | None,
     threads: int,
     kernels: bool,
     allow_non_finite: bool = False,
@@ -79,6 +85,7 @@ def choose_options(
 
     Args:
         device: as `choose_device` returns it.
+        memory: None for 1 GiB, and for what a tensor needs if that is more and is free.
 
     Raises:
         ArgumentError: an option is wrong.
@@ -86,12 +93,26 @@ def choose_options(
     return Options(
         device=device,
         threads=num_threads(threads),
-        memory_bytes=parse_bytes(str(memory), "memory"),
+        memory_bytes=DEFAULT_MEMORY_BYTES if memory is None else parse_bytes(str(memory), "memory"),
+        most_memory_bytes=_most_bytes(device) if memory is None else 0,
         kernels=names() if kernels else frozenset(),
         statistics=statistics() if kernels else frozenset(),
         allow_non_finite=allow_non_finite,
         cache_bytes=parse_bytes(str(cache_size), "cache_size"),
     )
+
+
+def _most_bytes(device: str) -> int:
+    """Return what the default memory may grow to: a share of what is free here and on the GPUs."""
+    most = most_memory_bytes(free_memory_bytes())
+    if device == "cpu":
+        return most
+    import torch
+
+    count = torch.cuda.device_count()  # a device of another machine may not be here
+    numbers = range(count) if device == "cuda" else [int(device.partition(":")[2])]
+    free = [torch.cuda.mem_get_info(number)[0] for number in numbers if number < count]
+    return min([most, *map(most_memory_bytes, free)])
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def extract(
     fresh: bool = False,
     device: str = "cpu",
     threads: int = 0,
-    memory: int | str = "4GiB",
+    memory: int | str | None = None,
     load_check: bool = False,
     on_total: Callable[[int], None] = nothing,
     on_progress: Callable[[int], None] = nothing,
@@ -83,7 +83,8 @@ def extract(
         fresh: start over instead of going on with a killed extraction.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         threads: how many matrices are factored at once; 0 chooses by processors and `memory`.
-        memory: most memory for what is computed at once.
+        memory: most memory for what is computed at once; by default 4 GiB, and what a matrix needs
+            if that is more and no more than three quarters of the free memory.
         load_check: ask the class that the base's config names, where transformers is installed, of
             which kinds its modules are, and refuse what peft would not load; else names and shapes
             tell.
@@ -105,7 +106,7 @@ def extract(
         pairs = _pairs(model, base, rename).chosen(include, exclude)
         making = Making(
             pairs, settings, device=choose_device(device), threads=threads,
-            memory_bytes=parse_bytes(str(memory), "memory"),
+            memory_bytes=None if memory is None else parse_bytes(str(memory), "memory"),
             classes=classes_of(pairs.base) if load_check else Classes(),
         )  # fmt: skip
         on_total(making.work_bytes)

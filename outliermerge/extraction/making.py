@@ -32,8 +32,15 @@ from outliermerge.extraction.written import AdapterFolder
 from outliermerge.output.resumed import marks_of_files
 from outliermerge.planning.inputs import open_written
 from outliermerge.planning.merged import bytes_of_merges
-from outliermerge.storage.machine import keep_freed_memory, num_threads
+from outliermerge.storage.machine import (
+    free_memory_bytes,
+    keep_freed_memory,
+    most_memory_bytes,
+    num_threads,
+)
 from outliermerge.storage.stamps import current_watch
+
+_MEMORY_BYTES = 2**32
 
 
 class Making:
@@ -44,7 +51,8 @@ class Making:
         settings: what is asked.
         device: torch's device.
         threads: as for `extract`.
-        memory_bytes: most memory for what is computed at once.
+        memory_bytes: most memory for what is computed at once; None for 4 GiB, and for what a
+            matrix needs if that is more and is free.
         classes: the kinds of the model's modules, where they are known.
 
     Raises:
@@ -58,12 +66,12 @@ class Making:
         *,
         device: str,
         threads: int,
-        memory_bytes: int,
+        memory_bytes: int | None,
         classes: Classes,
     ) -> None:
         self.pairs, self.settings = pairs, settings
         self.wanted = settings.wanted(of_merge=bool(pairs.model.made_of))
-        self._device, self.tensors, self._memory_bytes = device, pairs.tensors, memory_bytes
+        self._device, self.tensors = device, pairs.tensors
         self.model = Model(
             {name: pair[1] for name, pair in self.tensors.items()},
             classes.kinds, classes.orders, model_types(pairs.base.home),
@@ -83,15 +91,17 @@ class Making:
         }
         largest = max(needed, key=lambda name: needed[name], default="")
         self.peak_bytes = needed.get(largest, 0)
-        if self.peak_bytes > memory_bytes:
+        most = memory_bytes or max(_MEMORY_BYTES, most_memory_bytes(free_memory_bytes()))
+        if self.peak_bytes > most:
             raise ArgumentError(
-                f"{argument('memory')}: {memory_bytes:,} B is too little for {shown(largest)} "
+                f"{argument('memory')}: {most:,} B is too little for {shown(largest)} "
                 f"{list(self.tensors[largest][1].shape)}, which takes {self.peak_bytes:,} B to be "
                 f"factored. Give {argument('memory', f'{-(-self.peak_bytes // 2**20)}MiB')} or more"
                 + ("" if settings.randomized else f", or {argument('randomized', True)}")
             )
-        most = memory_bytes // max(1, self.peak_bytes)
-        self.workers = 1 if device != "cpu" else max(1, min(num_threads(threads), most))
+        self._memory_bytes = memory_bytes or max(_MEMORY_BYTES, self.peak_bytes)
+        fitting = self._memory_bytes // max(1, self.peak_bytes)
+        self.workers = 1 if device != "cpu" else max(1, min(num_threads(threads), fitting))
         self.modules = self._by_module(self.matrices)
         self.contents = Contents(pairs, self.model, self.hows, classes)
 

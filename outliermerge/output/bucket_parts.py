@@ -39,7 +39,7 @@ def run_part_in_store(
     Args:
         checks: by number those of the plan's checks that the part does.
     """
-    options, on_progress = chosen.on_this_machine(), chosen.on_progress
+    options, on_progress = chosen.on_this_machine(plan), chosen.on_progress
     with ExitStack() as stack:
         watched = stack.enter_context(watching(Watched(dict.fromkeys(plan.files))))
         watched.check()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from outliermerge.arguments import checked, nothing, wrong
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.execution.threads import Executor, choose_device, choose_options, execute
-from outliermerge.planning.plan import Options
-from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
+from outliermerge.planning.plan import Options, Plan
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -25,8 +24,10 @@ class RunOptions:
     Attributes:
         device: `cpu`, `cuda` (all GPUs), `cuda:N`, or `auto`.
         memory: bytes for blocks and intermediate results, above what the interpreter takes; a
-            number, or a text such as "2GiB".
-        threads: worker threads; 0 for the processors at hand.
+            number, or a text such as "2GiB". By default 1 GiB, and where a tensor needs more, as
+            much as all threads need for it, up to three quarters of the free memory.
+        threads: worker threads; 0 for the processors at hand. Fewer run where the memory does not
+            do for so many.
         kernels: compute on the CPU by fused kernels; else by torch, as the methods are defined.
         overwrite: replace an existing output when the merge is done.
         fresh: start over instead of going on with a killed run.
@@ -51,7 +52,7 @@ or 1GiB.
     """
 
     device: str = "cpu"
-    memory: int | str = DEFAULT_MEMORY_BYTES
+    memory: int | str | None = None
     threads: int = 0
     kernels: bool = True
     overwrite: bool = False
@@ -64,7 +65,8 @@ or 1GiB.
     executor: Executor = execute
 
     def __post_init__(self) -> None:
-        parse_bytes(str(self.memory), "memory")
+        if self.memory is not None:
+            parse_bytes(str(self.memory), "memory")
         parse_bytes(str(self.cache_size), "cache_size")
 
     @staticmethod
@@ -79,27 +81,27 @@ or 1GiB.
             raise wrong("options", options, "RunOptions(…)")
         return dataclasses.replace(chosen, **changes)
 
-    def on_this_machine(self) -> Options:
-        """Return the options of the plan, with the device, the memory and the threads resolved.
+    def on_this_machine(self, *plans: Plan) -> Options:
+        """Return the options of plans, with the device, the memory and the threads resolved.
 
         Raises:
-            ArgumentError: one is wrong.
+            ArgumentError: one is wrong, or the memory is too little for a tensor of a plan.
         """
-        return self._resolved(choose_device(self.device))
+        return self._resolved(choose_device(self.device), plans)
 
-    def in_parts(self) -> Options:
-        """Return the options of a plan whose parts are written on other machines.
+    def in_parts(self, *plans: Plan) -> Options:
+        """Return the options of plans whose parts are written on other machines.
 
         The device is taken as it is named, and not looked for here.
 
         Raises:
-            ArgumentError: an option is wrong.
+            ArgumentError: an option is wrong, or the memory is too little for a tensor of a plan.
         """
         is_named = self.device.partition(":")[0] == "cuda"
-        return self._resolved(self.device if is_named else choose_device(self.device))
+        return self._resolved(self.device if is_named else choose_device(self.device), plans)
 
-    def _resolved(self, device: str) -> Options:
-        return choose_options(
+    def _resolved(self, device: str, plans: Sequence[Plan]) -> Options:
+        options = choose_options(
             device=device,
             memory=self.memory,
             threads=self.threads,
@@ -107,6 +109,9 @@ or 1GiB.
             allow_non_finite=self.allow_non_finite,
             cache_size=self.cache_size,
         )
+        for plan in plans:
+            options = plan.fitted(options)
+        return options
 
 
 def showing_options(function: _Function) -> _Function:

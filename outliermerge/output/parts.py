@@ -73,9 +73,8 @@ def run_part(
     jobs = part_of(plan, part, num_parts, whole_files=isinstance(final, str))
     checks = checks_of(plan, part, num_parts)
     chosen = chosen or RunOptions()
-    options, on_progress = chosen.on_this_machine(), chosen.on_progress
+    options, on_progress = chosen.on_this_machine(plan), chosen.on_progress
     require_engines(plan, options)
-    plan.peak_memory_bytes(options)
     if isinstance(final, str):
         return run_part_in_store(plan, final, jobs, checks, num_parts, name, chosen)
     with ExitStack() as stack:

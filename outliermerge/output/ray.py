@@ -129,22 +129,22 @@ def run_on_ray(
     with connected(address):
         if chosen.device == "auto":
             chosen = replace(chosen, device="cuda" if has_gpus() else "cpu")
-        num_cpus = chosen.threads or usual_cpus()
-        options = replace(chosen.in_parts(), threads=num_cpus)
+        chosen = replace(chosen, threads=chosen.threads or usual_cpus())
+        options = chosen.in_parts(*(plan for plan, _ in plans))
         needs = {
-            "num_cpus": num_cpus,
+            "num_cpus": options.threads,
             "num_gpus": 0 if chosen.device == "cpu" else 1,
             "memory": max(plan.peak_memory_bytes(options) for plan, _ in plans)
             + _PROGRAM_BYTES
             + UPLOAD_BYTES * isinstance(plans[0][1], str),
         }
-        states = states_of_all(plans, chosen.in_parts(), pass_over_empty=True)
+        states = states_of_all(plans, options, pass_over_empty=True)
         for (plan, output), found in zip(plans, states, strict=True):
             if found is None:
                 refuse_taken(plan, output, overwrite=chosen.overwrite)
         numbers = _numbers(plans, states, num_parts, lambda: num_at_once(needs))
         began = time.monotonic()
-        driver = _Driver(plans, numbers, needs, replace(chosen, threads=num_cpus))
+        driver = _Driver(plans, numbers, needs, replace(chosen, threads=options.threads))
         driver.write(
             (index, number)
             for index, found in enumerate(states)

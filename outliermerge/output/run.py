@@ -130,10 +130,10 @@ def run_plans(
         OutlierMergeError: a model or an output folder is not fit for it, or an output would not
             load.
     """
-    options, on_progress = options or chosen.on_this_machine(), chosen.on_progress
+    options = options or chosen.on_this_machine(*(plan for plan, _ in plans))
+    on_progress = chosen.on_progress
     for plan, _ in plans:
         require_engines(plan, options)
-        plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), disk_bytes_read()
     with ExitStack() as stack:
         if on_progress is RunOptions.on_progress and in_notebook():

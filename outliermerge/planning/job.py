@@ -336,6 +336,8 @@ class Options:
         device: `cpu`, `cuda` (all GPUs) or `cuda:N`.
         threads: worker threads.
         memory_bytes: budget for blocks and intermediate results.
+        most_memory_bytes: what the budget may grow to for a tensor that needs more; by default it
+            does not grow.
         kernels: names of the fused CPU kernels; none where torch is to compute all.
         statistics: names of the functions that measure beside them.
         allow_non_finite: go on where values are infinite or NaN, and list them.
@@ -349,6 +351,7 @@ class Options:
     statistics: frozenset[str] = frozenset()
     allow_non_finite: bool = False
     cache_bytes: int = DEFAULT_CACHE_BYTES
+    most_memory_bytes: int = 0
 
     def uses_kernels(self, job: Job) -> bool:
         return bool(self.kernels) and self.device == "cpu" and job.fits_kernels(self.kernels)

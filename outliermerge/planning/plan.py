@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.by_kernels import is_by_kernels
 from outliermerge.checkpoint.layout import Shard
 from outliermerge.checkpoint.quantized.packed import turned_in
-from outliermerge.checkpoint.sources import DTYPES, inner
+from outliermerge.checkpoint.sources import inner
 from outliermerge.display import human_bytes, short_repr
-from outliermerge.errors import ArgumentError, argument
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
-from outliermerge.methods.table import find_method
+from outliermerge.planning.blocks import (
+    block_elements,
+    bytes_per_element,
+    least_bytes,
+    num_by_torch,
+    prepared_bytes,
+    too_little,
+)
 from outliermerge.planning.job import Input as Input
 from outliermerge.planning.job import Job as Job
 from outliermerge.planning.job import LayersFrom as LayersFrom
@@ -33,8 +38,6 @@ from outliermerge.planning.plan_html import plan_as_html
 from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.stamps import FileStamp
-
-_MAX_BLOCK_CHUNKS = {"kernels": 16, "cpu": 4, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -193,41 +196,34 @@ class Plan:
         """Bytes that pass through all jobs."""
         return sum(map(self.num_work_bytes, self.jobs))
 
-    def block_elements(self, job: Job, options: Options) -> int:
-        """Return how many elements of the job's tensor are worked on at a time.
+    def fitted(self, options: Options) -> Options:
+        """Return the options with as much memory, and as many threads, as the tensors allow.
+
+        The memory grows to what all threads need for the largest tensor, as far as it may; then
+        threads are left out.
 
         Raises:
-            ArgumentError: not even the smallest block fits the memory budget.
+            ArgumentError: the memory is too little for one thread.
         """
-        unit = _block_unit(job)
-        own_bytes = options.memory_bytes // options.threads - _prepared_bytes(job)
-        fits = own_bytes // self._bytes_per_element(job, options)
-        if fits < min(unit, job.num_elements):
-            needed = self._least_bytes(job, options)
-            least = max(self._least_bytes(each, options) for each in self.jobs)
-            raise ArgumentError(
-                f"{argument('memory')}: {options.memory_bytes:,} B is too little for tensor "
-                f"{job.name!r}: {job.method} needs {needed:,} B on {options.threads} threads to "
-                f"hold one block of it. Give {argument('memory', f'{-(-least // 1024)}KiB')} or "
-                "more, or fewer threads."
-            )
-        where = options.device.partition(":")[0] if options.uses_torch(job) else "kernels"
-        most = _MAX_BLOCK_CHUNKS[where] * CHUNK_ELEMENTS
-        return max(unit, min(fits, most) // unit * unit)
-
-    def _least_bytes(self, job: Job, options: Options) -> int:
-        """Return the memory that the smallest blocks of a tensor take."""
-        num_elements = min(_block_unit(job), job.num_elements)
-        block = self._bytes_per_element(job, options) * num_elements
-        return options.threads * (block + _prepared_bytes(job))
+        if not self.jobs:
+            return options
+        largest = max(self._unlike, key=lambda job: least_bytes(job, options))
+        needed = least_bytes(largest, options)
+        most = max(options.memory_bytes, options.most_memory_bytes)
+        if needed > most:
+            raise too_little(largest, most, options)
+        threads = min(options.threads, most // needed)
+        return replace(
+            options, threads=threads, memory_bytes=max(options.memory_bytes, threads * needed)
+        )
 
     def peak_memory_bytes(self, options: Options) -> int:
         """Return the most memory that blocks and their intermediate results take."""
         peak = 0
         for job in self._unlike:
-            block = min(self.block_elements(job, options), job.num_elements)
+            block = min(block_elements(job, options), job.num_elements)
             stages = bytes_of_merges(source for _, source in job.sources)
-            work = block * self._bytes_per_element(job, options) + _prepared_bytes(job)
+            work = block * bytes_per_element(job, options) + prepared_bytes(job)
             peak = max(peak, work + stages)
         return options.threads * peak + self._held_bytes(options)
 
@@ -254,34 +250,16 @@ class Plan:
         """
         peak = 0
         for job in self._unlike:
-            block = min(self.block_elements(job, options), job.num_elements)
-            whole = block * self._bytes_per_element(job, options)
-            by_torch = options.uses_torch(job) or _num_by_torch(job, options)
+            block = min(block_elements(job, options), job.num_elements)
+            whole = block * bytes_per_element(job, options)
+            by_torch = options.uses_torch(job) or num_by_torch(job, options)
             if not by_torch and not job.auxiliary:
                 sources = sum(source.dtype.num_bytes for _, source in job.sources)
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
-            whole += _prepared_bytes(job) + bytes_of_merges(source for _, source in job.sources)
+            whole += prepared_bytes(job) + bytes_of_merges(source for _, source in job.sources)
             peak = max(peak, whole)
         return options.threads * peak + self._held_bytes(options)
-
-    def _bytes_per_element(self, job: Job, options: Options) -> int:
-        num_sources = len(job.sources)
-        raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
-        raw += sum(source.dtype.num_bytes for source in job.in_blocks)
-        # What torch computes of sources is there in float32 several times while it is made.
-        raw += 16 * _num_by_torch(job, options)
-        if job.action == "equal" and len({source.dtype for _, source in job.sources}) > 1:
-            raw += 48  # their values in 64 bits, which are compared
-        if job.action == "merge" and job.task.cut == "row" and options.uses_kernels(job):
-            raw += 4 * num_sources + 26  # a row of each source in float32, and its ranks
-        if job.action != "merge" or not options.uses_torch(job):
-            return raw
-        compute = DTYPES[job.compute_dtype].num_bytes
-        rows = num_sources + len(job.in_blocks)
-        workspaces = [find_method(job.method).workspace(num_sources)]
-        workspaces += [find_method(name).workspace(1) for name, _ in job.modifiers]
-        return raw + compute * (rows + max(workspaces))
 
     def as_dict(self, *, tensors: bool = True) -> dict[str, Any]:
         """Return the plan as JSON values, with an entry for each tensor if `tensors`."""
@@ -365,27 +343,3 @@ class Plan:
             "stored_names": [source.name for _, source in (job.of or job).sources],
             "parameters": dict((job.of or job).parameters),
         }
-
-
-def _num_by_torch(job: Job, options: Options) -> int:
-    """Return how many sources are computed when they are read, and not by kernels."""
-    return sum(
-        source.stored != (source,) and not (options.kernels and is_by_kernels(source))
-        for _, source in job.sources
-    )
-
-
-def _prepared_bytes(job: Job) -> int:
-    """Return the memory for what is made of whole auxiliary tensors, which a thread may hold."""
-    return job.task.prepared_bytes if job.prepared else 0
-
-
-def _block_unit(job: Job) -> int:
-    """Return how many elements a block of a tensor has at least."""
-    match job.task.cut if job.action == "merge" else "element":
-        case "element":
-            return CHUNK_ELEMENTS
-        case "row":
-            return row_elements(job.output.shape) * job.task.rows_at_once
-        case _:
-            return max(1, job.num_elements)

@@ -63,7 +63,6 @@ from outliermerge.storage.stamps import Watched, open_file, refuse_text, told_by
 from outliermerge.storage.stand_ins import naming_addresses
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-DEFAULT_MEMORY_BYTES = 2**30
 
 
 @naming_addresses()

@@ -85,7 +85,8 @@ class OnRay:
         on_gpus |= "auto" in devices and has_gpus()
         num_cpus = self._chosen.threads or usual_cpus()
         options = replace(self._chosen, threads=num_cpus)
-        memory = self._planned.peak_memory_bytes(options.in_parts()) + _PROGRAM_BYTES
+        memory = self._planned.peak_memory_bytes(options.in_parts(self._planned))
+        memory += _PROGRAM_BYTES
         self._needs = {
             "num_cpus": num_cpus,
             "num_gpus": int(on_gpus),

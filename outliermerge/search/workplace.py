@@ -91,9 +91,8 @@ class Workplace:
         Raises:
             OutlierMergeError: it cannot be merged.
         """
-        options = self._chosen.on_this_machine()
+        options = self._chosen.on_this_machine(plan)
         require_engines(plan, options)
-        plan.peak_memory_bytes(options)  # refuses a budget that is too small
         if self._plan is None or not _is_alike(plan, self._plan):
             self._leave()
             self._enter(plan)

@@ -18,6 +18,7 @@ from typing import Any
 PAGE_BYTES = mmap.PAGESIZE
 _MAX_PROCESSORS = 16
 _NUM_WAITING = 2
+_SHARE_OF_FREE = 0.75
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 _KILLED = getattr(signal, "SIGKILL", 9)
@@ -77,6 +78,11 @@ def free_memory_bytes() -> int | None:
     if limit.isdecimal():
         found.append(int(limit))
     return min(found, default=None)
+
+
+def most_memory_bytes(free_bytes: int | None) -> int:
+    """Return what a default may grow to, of what is free; 0 if the system does not tell that."""
+    return int(_SHARE_OF_FREE * (free_bytes or 0))
 
 
 def resident_bytes() -> int | None:

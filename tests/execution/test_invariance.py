@@ -17,6 +17,7 @@ import outliermerge
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation
 from outliermerge.methods.statistics.trim import Trim
 from outliermerge.methods.table import METHODS as TABLE
+from outliermerge.planning.blocks import block_elements
 from outliermerge.planning.plan import Options
 
 SHAPES = {
@@ -155,7 +156,7 @@ def test_threads_and_memory_change_no_byte(method, large, matrices, tmp_path):
     for threads, memory in budgets:
         num_bytes = int(memory[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[memory[-2:]]
         options = Options(device="cpu", threads=threads, memory_bytes=num_bytes)
-        block = planned.block_elements(wide, options)
+        block = block_elements(wide, options)
         blocks.add(block)
         output = tmp_path / f"{threads}-{memory}"
         result = outliermerge.run(planned, output=output, threads=threads, memory=memory)

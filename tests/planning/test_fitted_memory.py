@@ -1,0 +1,103 @@
+"""The default memory grows to what a tensor needs; where it cannot, fewer threads run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import save_tensors
+
+import outliermerge
+from outliermerge.cli.main import main
+from outliermerge.execution import threads as threads_module
+from outliermerge.planning.blocks import least_bytes
+from outliermerge.planning.plan import Options, Plan
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("fitted")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "a", "b"):
+        sizes = {"small.weight": (4, 4), "wide.weight": (64, 96)}
+        tensors = {key: torch.randn(size, generator=generator) for key, size in sizes.items()}
+        save_tensors(folder / name, tensors)
+    return [folder / name for name in ("base", "a", "b")]
+
+
+def spec_of(models: list[Path]) -> dict[str, Any]:
+    base, *others = map(str, models)
+    return {"merge_method": "iso_c", "base_model": base, "models": [{"model": m} for m in others]}
+
+
+def plan_of(models: list[Path]) -> Plan:
+    return outliermerge.plan(spec_of(models))
+
+
+def options_of(plan: Plan, of_one: float, most: float = 0, threads: int = 4) -> Options:
+    """Return options whose memory is so many times what the largest tensor needs."""
+    needed = max(least_bytes(job, Options("cpu", 1, 1)) for job in plan.jobs)
+    return Options("cpu", threads, int(of_one * needed), most_memory_bytes=int(most * needed))
+
+
+@pytest.mark.parametrize(
+    ("of_one", "most", "threads", "becomes"),
+    [
+        (9, 0, 4, 9),  # there is room for all
+        (1, 0, 1, 1),
+        (3.5, 0, 3, 3.5),
+        (0.1, 9, 4, 4),  # it grows to what all threads need
+        (0.1, 2.5, 2, 2),  # or to what may be used
+        (3, 2, 3, 3),
+    ],
+)
+def test_threads_and_memory_fit_the_largest_tensor(models, of_one, most, threads, becomes):
+    plan = plan_of(models)
+    fitted = plan.fitted(options_of(plan, of_one, most))
+    assert fitted.threads == threads
+    assert fitted.memory_bytes == options_of(plan, becomes).memory_bytes
+    assert plan.peak_memory_bytes(fitted) <= fitted.memory_bytes
+
+
+@pytest.mark.parametrize("most", [0, 0.9])
+def test_a_tensor_that_does_not_fit_is_refused(models, most):
+    plan = plan_of(models)
+    with pytest.raises(outliermerge.ArgumentError, match=r"tensor 'wide\.weight': iso_c") as raised:
+        plan.fitted(options_of(plan, 0.5, most))
+    advice = ", or merge on a machine with more memory free" if most else ""
+    given = str(raised.value).rpartition("Give ")[2]
+    assert given.endswith(f"KiB' or more{advice}") or given.endswith(f"KiB or more{advice}")
+    # What the message tells to give is enough.
+    size = given.split("KiB")[0].strip("`").rpartition(" ")[2].rpartition("=")[2].strip("'\"")
+    assert plan.fitted(Options("cpu", 4, 1024 * int(size))).threads == 1
+
+
+def test_the_free_memory_bounds_a_default(models, monkeypatch):
+    plan = plan_of(models)
+    needed = options_of(plan, 1).memory_bytes
+    monkeypatch.setattr(threads_module, "DEFAULT_MEMORY_BYTES", 1000)
+    for free, threads in ((8 * needed, 4), (3 * needed, 2), (2 * needed, 1)):
+        monkeypatch.setattr(threads_module, "free_memory_bytes", lambda free=free: free)
+        fitted = outliermerge.RunOptions(threads=4).on_this_machine(plan)
+        assert (fitted.threads, fitted.memory_bytes) == (threads, threads * needed)
+    for free in (needed, None):
+        monkeypatch.setattr(threads_module, "free_memory_bytes", lambda free=free: free)
+        with pytest.raises(outliermerge.ArgumentError, match="too little for tensor"):
+            outliermerge.RunOptions(threads=4).on_this_machine(plan)
+
+
+def test_run_and_plan_tell_how_many_threads_there_are(models, tmp_path, capsys):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(json.dumps(spec_of(models)))
+    needed = options_of(plan_of(models), 1).memory_bytes
+    flags = ["--threads", "4", "--memory", str(2 * needed), "--no-load-check"]
+    assert main(["plan", str(spec), "--json", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["threads"] == 2
+    assert main(["run", str(spec), str(tmp_path / "two"), "--verbose", *flags]) == 0
+    assert "; 2 threads, device cpu, at most" in capsys.readouterr().err
+    assert main(["run", str(spec), str(tmp_path / "all"), "--threads", "4", "--quiet"]) == 0
+    two, whole = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("two", "all"))
+    assert two == whole
