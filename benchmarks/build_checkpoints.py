@@ -1,15 +1,16 @@
-"""Checkpoints of real shapes with random weights: a base model and fine-tunes of it."""
+"""Checkpoints of real shapes with random weights: a base, fine-tunes, and statistics of them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 FILE = "model.safetensors"
 BASE_STD, DELTA_STD = 0.02, 0.002
@@ -96,6 +97,38 @@ def build(size: str, folder: Path, *, num_models: int = 2) -> list[Path]:
         os.fsync(file)
         os.close(file)
     return folders
+
+
+def build_statistics(kind: str, size: str, models: Sequence[Path]) -> None:
+    """Write statistics of each model, in float32, into a folder beside it, where it lacks them.
+
+    Args:
+        kind: `gram`, of twice as many random inputs as a layer has; or `fisher`, of random numbers.
+            Layers with as many inputs have the same Gram matrix.
+    """
+    for number, model in enumerate(models):
+        folder = statistics_of(model, kind)
+        if folder.exists():
+            continue
+        drawn = torch.Generator().manual_seed(number)
+        found: dict[str, torch.Tensor] = {}
+        grams: dict[int, torch.Tensor] = {}
+        for name, shape in tensor_shapes(size).items():
+            if kind == "fisher":
+                found[name] = torch.randn(shape, generator=drawn).square_().mul_(1e-6)
+            elif len(shape) == 2 and "layers" in name:
+                if shape[1] not in grams:
+                    inputs = torch.randn(2 * shape[1], shape[1], generator=drawn)
+                    grams[shape[1]] = inputs.T @ inputs / len(inputs)
+                found[name] = grams[shape[1]].clone()
+        folder.mkdir()
+        save_file(found, folder / FILE, {"format": "pt"})
+        (folder / "config.json").write_text("{}")
+
+
+def statistics_of(model: Path, kind: str) -> Path:
+    """Return the folder of a model's statistics."""
+    return model.with_name(f"{model.name}-{kind}")
 
 
 def _header(size: str) -> bytes:

@@ -2,7 +2,8 @@
 
 Writes results/methods.json after every method; the table of methods in the documents is made of it.
 mergekit is run in the first round only: of some methods it takes minutes. With --resume methods are
-measured that the file lacks at any size: those on whole matrices at 0.5B, since they take longest.
+measured that the file lacks at any size: those on whole matrices at 0.5B and those with data at
+0.1B, since they take longest.
 
     python benchmarks/methods.py [--runs 3] [--size 0.5B] [--only della] [--resume]
 """
@@ -15,16 +16,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from build_checkpoints import SHAPES, build, num_parameters
+from build_checkpoints import SHAPES, build, build_statistics, num_parameters
 from measure import alternate, measure, progress, surroundings
 from report import ALONE
-from suite import OTHERS, PARAMETERS, WITHOUT_PEER, Case, commands, opened, save
+from suite import OTHERS, PARAMETERS, WITH_DATA, WITHOUT_PEER, Case, commands, opened, save
 
 RESULT = Path(__file__).parent / "results" / "methods.json"
 NOTE = (
     "whole processes, page cache warm, bfloat16, a base and two task models (slerp, nearswap and "
     "arcee_fusion: one); medians of alternating runs, of mergekit a single run; parameters as in "
-    "each case, wudi with 10 steps, lines and svc behind task_arithmetic"
+    "each case, wudi, mats and mats_fisher with 10 steps, lines and svc behind task_arithmetic"
 )
 TOOLS = ("direct copy", "outliermerge")
 
@@ -62,6 +63,8 @@ def main() -> None:
             peer = () if options.without_peer or method in WITHOUT_PEER else ("mergekit",)
             case = Case(method, options.size, 1 if method in ALONE else 2, TOOLS + peer)
             todo = commands(case, folder, models[: 1 + case.num_models])
+            if method in WITH_DATA:
+                build_statistics(WITH_DATA[method], options.size, models[1:])
             clear()
             measure(todo["direct copy"])
             runs, failed = alternate(

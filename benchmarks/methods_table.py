@@ -11,7 +11,7 @@ from typing import Any
 from report import Report, median, ratio
 
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import METHODS, MODIFIERS
+from outliermerge.methods.table import EVERY, MODIFIERS
 
 EQUAL = "yes"
 NOT_THERE = "not in mergekit"
@@ -50,6 +50,10 @@ AGREES = {
     "consensus_ta": NOT_THERE,
     "metagpt": NOT_THERE,
     "passthrough": EQUAL,
+    "regmean": NOT_THERE,
+    "fisher": NOT_THERE,
+    "mats": NOT_THERE,
+    "mats_fisher": NOT_THERE,
     "lines": NOT_THERE,
     "svc": NOT_THERE,
 }
@@ -84,7 +88,7 @@ def methods(content: dict[str, Any]) -> str:
         "times as fast as mergekit", "CPU time less", "equal to mergekit's",
     ]  # fmt: skip
     lines = [header, ["---"] * 3 + ["--:"] * 5 + ["---"]]
-    for name, method in (METHODS | MODIFIERS).items():
+    for name, method in (EVERY | MODIFIERS).items():
         case = by_method.get(name)
         given = case["parameters"] if case else {}
         lines.append(

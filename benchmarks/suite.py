@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from build_checkpoints import FILE, SHAPES, build, num_model_bytes, num_parameters
+from build_checkpoints import (
+    FILE,
+    SHAPES,
+    build,
+    num_model_bytes,
+    num_parameters,
+    statistics_of,
+)
 from measure import FailedCommand, alternate, measure, progress, script, surroundings
 from report import ALONE, START_UP
 
@@ -61,12 +68,17 @@ OTHERS: dict[str, dict[str, float]] = {
     "metagpt": {},
     "lines": {},
     "svc": {},
+    "regmean": {},
+    "fisher": {},
+    "mats": {"iterations": 10},
+    "mats_fisher": {"iterations": 10},
 }
+WITH_DATA = {"regmean": "gram", "fisher": "fisher", "mats": "gram", "mats_fisher": "fisher"}
 MODIFIERS = ("lines", "svc")  # measured behind task_arithmetic
 OF_THE_MERGE = ("t", "select_topk", "iterations")  # parameters that a model cannot set for itself
 WITHOUT_PEER = (
     "passthrough", "min_sigma", "iso_c", "iso_cts", "tsv_m", "wudi", "swudi", "aswudi",
-    "resmerge", "pcb", "consensus_ta", "metagpt", *MODIFIERS,
+    "resmerge", "pcb", "consensus_ta", "metagpt", *MODIFIERS, *WITH_DATA,
 )  # fmt: skip
 MEMORY = "64MB"
 SWEEP = "t=2,2.5,3"
@@ -141,9 +153,12 @@ def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list
         "parameters": of_merge,
         "dtype": "bfloat16",
     }
+    for model, path in zip(spec["models"], tasks, strict=True):
+        if found := _statistics(case, path):
+            model["auxiliary"] = found
     if case.method in MODIFIERS:
         spec |= {"merge_method": "task_arithmetic", "modifiers": [{"modifier": case.method}]}
-    if case.method not in ("linear", "passthrough"):
+    if case.method not in ("linear", "passthrough", *WITH_DATA):
         spec["base_model"] = str(base)
         tasks = list(dict.fromkeys([base, *tasks]))
     path, out = folder / "spec.yaml", folder / "out"
@@ -158,7 +173,8 @@ def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list
         "--no-load-check",
     ]
     copier = [sys.executable, str(Path(__file__).with_name("copy_files.py"))]
-    copied = [str(out), *(str(model / FILE) for model in tasks)]
+    inputs = [path for model in tasks for path in _statistics(case, model).values()]
+    copied = [str(out), *(str(Path(path) / FILE) for path in (*inputs, *tasks))]
     known = {
         "copy": [*copier, *copied],
         "direct copy": [*copier, "--direct", *copied],
@@ -169,6 +185,12 @@ def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list
         "mergekit": [script("mergekit-yaml"), str(path), str(out), "--no-copy-tokenizer"],
     }
     return {tool: known[tool] for tool in case.tools}
+
+
+def _statistics(case: Case, model: Path) -> dict[str, str]:
+    """Return the folder of a model's statistics by their kind, if the method takes some."""
+    kind = WITH_DATA.get(case.method)
+    return {kind: str(statistics_of(model, kind))} if kind else {}
 
 
 def run_merge(case: Case, folder: Path, models: Sequence[Path], num_runs: int) -> dict[str, Any]:

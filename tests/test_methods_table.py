@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outliermerge.methods.table import METHODS, MODIFIERS
+from outliermerge.methods.table import EVERY, METHODS, MODIFIERS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -17,7 +17,7 @@ import matrices_table  # noqa: E402
 import methods_table  # noqa: E402
 import suite  # noqa: E402
 import tables  # noqa: E402
-from build_checkpoints import build  # noqa: E402
+from build_checkpoints import build, build_statistics  # noqa: E402
 
 ABOUT = {
     "date": "2026-01-02", "hardware": "2 cores", "load_before": 0.5, "note": "as said",
@@ -41,7 +41,7 @@ def measured(method: str, wall: float, theirs: float) -> dict:
 def test_every_method_has_a_row_and_a_word_on_mergekit():
     text = methods_table.methods(ABOUT | {"cases": [measured("linear", 2, 30)]})
     rows = [line for line in text.splitlines() if line.startswith("| [`")]
-    every = METHODS | MODIFIERS
+    every = EVERY | MODIFIERS
     assert len(rows) == len(every) == len(methods_table.AGREES)
     assert set(every) == set(methods_table.AGREES) == set(suite.PARAMETERS | suite.OTHERS)
     cells = next(row for row in rows if "`linear`" in row).strip("| ").split(" | ")
@@ -78,7 +78,7 @@ def test_readings_are_those_of_statistics_and_of_the_merge(name, given, wanted):
 
 def test_links_of_the_table_are_headings_of_the_page():
     page = (ROOT / "docs" / "reference" / "methods.md").read_text()
-    for name in METHODS:
+    for name in EVERY:
         assert f"## `{name}`" in page
 
 
@@ -86,6 +86,8 @@ def test_specs_of_every_measured_method_can_be_planned(tmp_path):
     import outliermerge
 
     models = build("tiny", tmp_path / "models")
+    for kind in set(suite.WITH_DATA.values()):
+        build_statistics(kind, "tiny", models[1:])
     for method in suite.PARAMETERS | suite.OTHERS:
         case = suite.Case(method, "tiny", 1 if method in suite.ALONE else 2, ("outliermerge",))
         suite.commands(case, tmp_path, models[: 1 + case.num_models])
