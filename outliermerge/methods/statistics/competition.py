@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from outliermerge.methods.statistics.base import Pass, Scope, scope_of
-from outliermerge.methods.statistics.trim import Search, Select, sampled_first
+from outliermerge.methods.statistics.trim import Search, Select, num_searches, sampled_first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class Competition:
     rows: ClassVar = ("least magnitude", "largest magnitude", "least score", "largest score")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
-        return 2
+        return 2 * num_searches(self, parameters)
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]

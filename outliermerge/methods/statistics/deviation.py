@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from outliermerge.methods.statistics.base import Pass, Scope, StandardDeviation, scope_of
-from outliermerge.methods.statistics.trim import Search, Select, sampled_first
+from outliermerge.methods.statistics.trim import Search, Select, num_searches, sampled_first
 
 GAUSSIAN = 1.4826
 """σ of a Gaussian divided by the median of its magnitudes."""
@@ -34,7 +34,7 @@ class MedianDeviation:
     kernels: ClassVar = ("histogram",)
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
-        return 1
+        return num_searches(self, parameters)
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
@@ -66,11 +66,13 @@ class Deviation:
     kernels: ClassVar = ("moments", "histogram")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
-        return 1
+        return self._chosen(parameters).num_passes(parameters)
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
     ) -> Pass | list[Any]:
+        return self._chosen(parameters).start(num_models, num_elements, parameters)
+
+    def _chosen(self, parameters: Mapping[str, Any]) -> MedianDeviation | StandardDeviation:
         kind = MedianDeviation if parameters["scale"] == "mad" else StandardDeviation
-        own = kind(scope=scope_of(self, parameters))
-        return own.start(num_models, num_elements, parameters)
+        return kind(scope=scope_of(self, parameters))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from outliermerge.arguments import checked
 from outliermerge.methods.kernel_call import RawBlock
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope, scope_of
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope, Statistic, scope_of
 
 if TYPE_CHECKING:
     import numpy
@@ -56,7 +56,7 @@ class Trim:
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         selects = any(0 < density < 1 for density in parameters["density"])
-        return selects * (1 + bool(parameters.get("rescale")))
+        return selects * (num_searches(self, parameters) + bool(parameters.get("rescale")))
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
@@ -112,6 +112,11 @@ class Middle:
             return [lows, highs, [1.0] * num_models]
         search = Search(num_models, ranks, (*lows, *highs), bool(parameters["rescale"]))
         return Select(sampled_first(search, num_elements))
+
+
+def num_searches(need: Statistic, parameters: Mapping[str, Any]) -> int:
+    """Return how often a search usually reads: twice where no sample of a tensor comes first."""
+    return 1 if scope_of(need, parameters) == "tensor" else 2
 
 
 def sampled_first(whole: Search, num_elements: int) -> Search:
