@@ -180,6 +180,27 @@ def test_compressed_tensors_may_mix_schemes(tmp_path):
     assert torch.equal(read(opened.tensors["b.weight"]), b_expected)
 
 
+def test_a_group_without_zero_points_does_not_speak_for_whole_numbers(tmp_path):
+    torch.manual_seed(0)
+    of_floats = scheme(strategy="channel")
+    of_ints = scheme(strategy="channel", type="int", symmetric=False)
+    a, _ = compressed("a", torch.randn(4, 24), of_floats, weight_scale=torch.rand(4, 1))
+    b, _ = compressed(
+        "b", torch.randn(4, 24), of_ints, weight_scale=torch.rand(4, 1),
+        weight_zero_point=torch.ones(4, 1, dtype=torch.int8),
+    )  # fmt: skip
+    config = compressed_config(of_floats, of_ints, layout="mixed-precision")
+    config["config_groups"]["group_0"]["format"] = "float-quantized"
+    config["config_groups"]["group_1"]["format"] = "int-quantized"
+    assert set(dequantize(checkpoint(tmp_path / "whole", a | b, config)).tensors) == {
+        "a.weight",
+        "b.weight",
+    }
+    del b["b.weight_zero_point"]
+    with pytest.raises(OutlierMergeError, match=r"there is a b\.weight_zero_point"):
+        dequantize(checkpoint(tmp_path / "lacking", a | b, config))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", [(64, 32), (11, 96), (7, 10), (33, 6), (300, 130)])

@@ -34,6 +34,7 @@ class _Scheme:
     bits: object
     block: Block
     is_symmetric: bool
+    is_float: bool
 
 
 def compressed_tensors(model: QuantizedModel) -> Changes:
@@ -60,7 +61,8 @@ def compressed_tensors(model: QuantizedModel) -> Changes:
             )
         rows, columns = [*size, None, None][:2]
         is_symmetric = args.get("symmetric", True) is not False
-        schemes.append(_Scheme(args.get("num_bits"), (rows, columns), is_symmetric))
+        is_float = args.get("type") == "float"
+        schemes.append(_Scheme(args.get("num_bits"), (rows, columns), is_symmetric, is_float))
     changes = scaled(model, {"_scale": [scheme.block for scheme in schemes]})
     for name, weight in changes.items():
         if isinstance(weight, ScaledTensor) and weight.zero_point is None:
@@ -76,7 +78,12 @@ def _refuse_without_zero_points(
 ) -> None:
     """Refuse a weight that has none, where the config says of all that fit that they have."""
     scale = model.tensors[f"{name}_scale"]
-    fitting = [s for s in schemes if _block(s, weight.shape, scale) == weight.block]
+    fitting = [
+        scheme
+        for scheme in schemes
+        if _block(scheme, weight.shape, scale) == weight.block
+        and scheme.is_float == weight.weight.dtype.is_float
+    ]
     if fitting and not any(scheme.is_symmetric for scheme in fitting):
         _lacks_zero_points(model, name)
 
