@@ -6,11 +6,13 @@ Shape suffixes: M models, E elements.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
 from outliermerge.methods.contract import merge_method
+from outliermerge.methods.kernel_call import Kernel, KernelCall
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.statistics.competition import Competition, scores
 
@@ -18,10 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    vectors = (*needs["limits"], parameters["weight"])
+    return KernelCall("pcb", scalars=(parameters["lambda"],), vectors=vectors)
+
+
 @merge_method(
     space="delta",
     needs={"limits": Competition(scope_parameter="trim")},
     paper="arXiv 2410.02396",
+    kernel=Kernel("pcb", _kernel),
 )
 def pcb(
     deltas_ME: Tensor,

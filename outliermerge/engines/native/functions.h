@@ -21,7 +21,7 @@ INLINE double double_of(uint64_t bits) {
     return value;
 }
 
-/* exp of a number that is 0 or less; below -708 that of -708, which is 3e-308. */
+/* exp of a number of at most 708; below -708 that of -708, which is 3e-308. */
 INLINE double exp_of(double x) {
     static const double terms[] = {
         1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,

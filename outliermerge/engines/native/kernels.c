@@ -146,6 +146,7 @@ static PyMethodDef functions[] = {
     {"drawn", py_drawn, METH_VARARGS, drawn_doc},
     {"variances", py_variances, METH_VARARGS, variances_doc},
     {"squares", py_squares, METH_VARARGS, squares_doc},
+    {"scores", py_scores, METH_VARARGS, scores_doc},
     {"importance", py_importance, METH_VARARGS, importance_doc},
     {"overlap", py_overlap, METH_VARARGS, overlap_doc},
     {"gram", py_gram, METH_VARARGS, gram_doc},

@@ -7,6 +7,7 @@
 #include "fusion.h"
 #include "min_sigma.h"
 #include "nearswap.h"
+#include "pcb.h"
 #include "ram.h"
 #include "row_sums.h"
 #include "sce.h"
@@ -14,7 +15,7 @@
 #include "weighted_sum.h"
 
 static const Method *const METHODS[] = {&arcee_fusion, &breadcrumbs, &dare, &della,
-                                       &min_sigma, &model_stock_rows, &nearswap, &nuslerp_rows,
+                                       &min_sigma, &model_stock_rows, &nearswap, &nuslerp_rows, &pcb,
                                        &ram, &ramplus, &sce, &ties, &weighted_sum};
 enum { NUM_METHODS = sizeof METHODS / sizeof *METHODS };
 

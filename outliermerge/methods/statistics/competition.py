@@ -5,11 +5,12 @@ Shape suffixes: M models, E elements of a block.
 
 from __future__ import annotations
 
-import threading
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from outliermerge.methods.kernel_call import RawBlock, packed
 from outliermerge.methods.statistics.base import Pass, Scope, scope_of
 from outliermerge.methods.statistics.trim import Search, Select, num_searches, sampled_first
 
@@ -46,6 +47,7 @@ class Competition:
     depends_on: tuple[str, ...] = ("density",)
     scope: Scope = "tensor"
     scope_parameter: str = ""
+    kernels: ClassVar = ("histogram", "scores")
     rows: ClassVar = ("least magnitude", "largest magnitude", "least score", "largest score")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
@@ -85,20 +87,26 @@ class _Magnitudes(Select):
 class _Scores(Select):
     """Counts scores by their bits, and finds the largest."""
 
-    kernel = ""
+    kernel = "scores"
 
     def __init__(self, search: Search, bounds: Sequence[list[float]]) -> None:
         super().__init__(search)
         self._bounds, self._largest = bounds, [0.0] * search.num_models
-        self._largest_lock = threading.Lock()
 
-    def measure(self, block_ME: Tensor) -> None:
+    def measure(self, block_ME: Tensor) -> Any:
         least_M1, most_M1 = (block_ME.new_tensor(row)[:, None] for row in self._bounds)
         scores_ME = scores(block_ME, least_M1, most_M1).relu()
         super().measure(scores_ME)
-        with self._largest_lock:
-            found = scores_ME.amax(1).tolist()
-            self._largest = [max(pair) for pair in zip(self._largest, found, strict=True)]
+        return scores_ME.amax(1).tolist()
+
+    def measure_raw(self, kernels: Any, block: RawBlock) -> Any:
+        bounds = b"".join(map(packed, self._bounds))
+        found = kernels.scores(block, bounds, self._lows, self._shift(), tuple(self._counts))
+        self._widths.add(32)
+        return struct.unpack(f"{self.search.num_models}f", found)
+
+    def add(self, share: Any) -> None:
+        self._largest = [max(pair) for pair in zip(self._largest, share, strict=True)]
 
     def again(self, search: Search) -> Select:
         return _Scores(search, self._bounds)
