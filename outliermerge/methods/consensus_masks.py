@@ -5,18 +5,26 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
 from outliermerge.methods.contract import merge_method
+from outliermerge.methods.kernel_call import Kernel, KernelCall
 from outliermerge.methods.parameter import AT_MOST_MODELS, PerModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merge_method(space="delta", paper="arXiv 2405.07813")
+def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    scalars = (parameters["consensus"], parameters["lambda"])
+    vectors = (parameters["weight"], parameters["tall_mask_lambda"])
+    return KernelCall("consensus", scalars=scalars, vectors=vectors)
+
+
+@merge_method(space="delta", paper="arXiv 2405.07813", kernel=Kernel("consensus", _kernel))
 def consensus_ta(
     deltas_ME: Tensor,
     *,

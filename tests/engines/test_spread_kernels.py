@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ram none": ("ram", {"epsilon": 1e38}),
     "ramplus_tl": ("ramplus_tl", {"epsilon": 0.03, "r": 0.7, "alpha": 0.9}),
     "ramplus_tl less": ("ramplus_tl", {"epsilon": 0.03, "r": -0.3}),
+    "consensus_ta": ("consensus_ta", {"consensus": 1, "weight": 0.6, "lambda": 1.2}),
+    "consensus_ta of few": ("consensus_ta", {"consensus": 1, "tall_mask_lambda": 3}),
     "nearswap": ("nearswap", {}),
     "nearswap far": ("nearswap", {"t": 0.02}),
 }

@@ -2,6 +2,7 @@
 #ifndef OUTLIERMERGE_METHODS_H
 #define OUTLIERMERGE_METHODS_H
 
+#include "consensus.h"
 #include "dare.h"
 #include "della.h"
 #include "fusion.h"
@@ -14,7 +15,7 @@
 #include "ties.h"
 #include "weighted_sum.h"
 
-static const Method *const METHODS[] = {&arcee_fusion, &breadcrumbs, &dare, &della,
+static const Method *const METHODS[] = {&arcee_fusion, &breadcrumbs, &consensus, &dare, &della,
                                        &min_sigma, &model_stock_rows, &nearswap, &nuslerp_rows, &pcb,
                                        &ram, &ramplus, &sce, &ties, &weighted_sum};
 enum { NUM_METHODS = sizeof METHODS / sizeof *METHODS };
