@@ -10,12 +10,14 @@
 #include "sce.h"
 
 enum { LARGEST_POWER = 80 };
+#define SMALL 1e-3
 
 /* tanh of a number; of small ones by its series, since 1 - exp loses their digits. */
-INLINE double tanh_of(double x) {
-    const double size = fabs(x), power = exp_of(-2 * size);
-    const double tanh = size < 1e-3 ? size - size * size * size / 3 : (1 - power) / (1 + power);
-    return copysign(tanh, x);
+INLINE double tanh_of(double x, int all_small) {
+    const double size = fabs(x), series = size - size * size * size / 3;
+    if (all_small) return copysign(series, x);
+    const double power = exp_of(-2 * size);
+    return copysign(size < SMALL ? series : (1 - power) / (1 + power), x);
 }
 
 /* Comparisons keep NaN. */
@@ -23,18 +25,28 @@ INLINE float clamped(float value, float from, float to) {
     return value < from ? from : value > to ? to : value;
 }
 
-/* Write exp(N x^2) tanh(delta * sum), with x where |delta| is between its bounds, from 0 to 1; of
- * more than 80 models divided by exp(N - 80). */
-static void score_model(const float *restrict row, const float *restrict sums, float from, float to,
-                      size_t models, float *restrict scores, size_t num) {
+INLINE void score_values(const float *restrict row, const float *restrict sums, float from, float to,
+                         size_t models, int all_small, float *restrict scores, size_t num) {
     const double factor = to > from ? 1 / ((double)to - from) : 1;
     const double power = (double)models;
     const double spared = models > LARGEST_POWER ? (double)(models - LARGEST_POWER) : 0;
     for (size_t i = 0; i < num; i++) {
         const double place = ((double)clamped(fabsf(row[i]), from, to) - from) * factor;
         const double size = exp_of(place * place * power - spared);
-        scores[i] = (float)(size * tanh_of((double)row[i] * sums[i]));
+        scores[i] = (float)(size * tanh_of((double)row[i] * sums[i], all_small));
     }
+}
+
+/* Write exp(N x^2) tanh(delta * sum), with x where |delta| is between its bounds, from 0 to 1; of
+ * more than 80 models divided by exp(N - 80). */
+static void score_model(const float *restrict row, const float *restrict sums, float from, float to,
+                        size_t models, float *restrict scores, size_t num) {
+    int all_small = 1; /* as a rule; then half of the exponentials are spared */
+    for (size_t i = 0; i < num; i++) all_small &= fabs((double)row[i] * sums[i]) < SMALL;
+    if (all_small)
+        score_values(row, sums, from, to, models, 1, scores, num);
+    else
+        score_values(row, sums, from, to, models, 0, scores, num);
 }
 
 /* Load a step of all models, and write their sum. */
