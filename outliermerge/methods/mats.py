@@ -38,34 +38,38 @@ def solved(
     """Return what conjugate gradients give for apply(x) = right, a tensor being one vector.
 
     They end when the residual is at most `tolerance` times the right side, or in a direction of
-    which the system says nothing.
+    which the system says nothing. `right` and `start` are overwritten, since tensors are large.
     """
-    x, residual = start, right - apply(start)
-    direction, size = residual.clone(), float(residual.square().sum())
     limit = tolerance * float(right.norm())
     limit *= limit  # infinite where it is too large, which ** refuses
+    x, residual = start, right.sub_(apply(start))
+    direction, size = residual.clone(), _dot(residual, residual)
     for _ in range(iterations):
         if size <= limit:
             break
         applied = apply(direction)
-        curvature = float((direction * applied).sum())
+        curvature = _dot(direction, applied)
         if curvature <= 0:
             break
         step = size / curvature
-        x = x + step * direction
-        residual -= step * applied
-        before, size = size, float(residual.square().sum())
-        direction = residual + (size / before) * direction
+        x.add_(direction, alpha=step)
+        residual.sub_(applied, alpha=step)
+        before, size = size, _dot(residual, residual)
+        direction.mul_(size / before).add_(residual)
     return x
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    return float(left.flatten().dot(right.flatten()))
 
 
 def _start(weights: Tensor, weight_M: Tensor, init: str) -> Tensor:
     if init == "zero":
-        return weights.new_zeros(weights.shape[1:])
-    total = weights[0] * weight_M[0]
+        return weights.new_zeros(weights.shape[1:], dtype=weight_M.dtype)
+    total = weights[0].double() * weight_M[0]
     for one, weight in zip(weights[1:], weight_M[1:], strict=True):
-        total += one * weight
-    return total / weight_M.sum()
+        total += one.double() * weight
+    return total.div_(weight_M.sum())
 
 
 def _for_tensor(context: Context) -> MergeMethod | None:
@@ -182,7 +186,7 @@ def mats_turned(
     cut="tensor",
     auxiliary=("fisher",),
     for_tensor=unless_measured,
-    workspace=lambda num_sources: 6 * num_sources + 14,
+    workspace=lambda _: 16,
     idempotent=_is_from_mean,
     check=check_weights,
     paper="arXiv 2312.04339",
@@ -215,13 +219,17 @@ def mats_fisher(
         weight: wᵢ.
     """
     refuse_no_squares(fisher, context)
-    wide, shape = weights.double(), [-1, *[1] * (weights.ndim - 1)]
-    share = fisher.double() * weight.double().view(shape)
-    total, right = share.sum(0), (share * wide).sum(0)
+    wide_M = weight.double()
+    total = weights.new_zeros(weights.shape[1:], dtype=wide_M.dtype)
+    right = total.clone()
+    for one, squares, own in zip(weights, fisher, wide_M, strict=True):
+        share = squares.double() * own
+        total += share
+        right += share.mul_(one)
     return solved(
         lambda x: x * total,
         right,
-        _start(wide, weight.double(), init if total.any() else "mean"),
+        _start(weights, wide_M, init if total.any() else "mean"),
         iterations=iterations,
         tolerance=tolerance,
     ).to(weights.dtype)
