@@ -48,3 +48,31 @@ def test_the_work_done_is_the_work_planned(models, tmp_path, method, parameters,
     outliermerge.run(plan, output=tmp_path / "out", on_progress=seen.append)
     # Besides, the first elements of two sources are compared.
     assert 1 <= sum(seen) / plan.work_bytes < 1.25
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("ties", {"density": 0.3, "trim": "model"}),
+        ("min_sigma", {"sigma": "model", "scale": "mad"}),
+        ("pcb", {}),
+    ],
+)
+def test_a_model_may_have_tensors_of_64_bits_beside_others(method, parameters, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    for name in ("base", "one", "two"):
+        drawn = {key: torch.randn(9000, generator=generator) for key in ("a", "b", "c")}
+        save_tensors(tmp_path / name, drawn | {"b": drawn["b"].double()})
+    spec = {
+        "merge_method": method, "base_model": str(tmp_path / "base"), "parameters": parameters,
+        "models": [{"model": str(tmp_path / name)} for name in ("one", "two")],
+    }  # fmt: skip
+    found = [
+        outliermerge.run(spec, output=tmp_path / str(kernels), kernels=kernels).manifest["tensors"]
+        for kernels in (True, False)
+    ]
+    for name in ("a", "b", "c"):
+        (rows, expected) = (each[name]["statistics"] for each in found)
+        for key, values in rows.items():
+            flat, wanted = (torch.tensor(x, dtype=torch.float64) for x in (values, expected[key]))
+            assert torch.allclose(flat, wanted, rtol=1e-6), (name, key)

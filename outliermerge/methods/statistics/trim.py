@@ -170,8 +170,7 @@ class Select:
         self.search = search
         self.chunks: Sequence[int] | None = search.chunks
         self._lows = search.lows or (0,) * len(search.ranks)
-        self._num_bits = 32
-        self._widths: set[int] = set()
+        self._widths: set[int] = set()  # in bits, of the values seen
         self._lock = threading.Lock()
         # One more bin counts all magnitudes above the others. Kernels count into these arrays.
         self._counts: list[numpy.ndarray[Any, Any] | None] = [
@@ -179,18 +178,18 @@ class Select:
             for rank in search.ranks
         ]
 
-    def _shift(self) -> int:
+    def _shift(self, num_bits: int = 32) -> int:
         shift = self.search.shift
-        return self._num_bits - _DIGIT_BITS if shift is None else shift
+        return num_bits - _DIGIT_BITS if shift is None else shift
 
     def measure(self, block_ME: Tensor) -> None:
         import torch
 
         block_ME = block_ME.float() if self.search.narrow else block_ME
-        self._num_bits = 8 * block_ME.element_size()
-        self._widths.add(self._num_bits)
-        integer = torch.int32 if self._num_bits == 32 else torch.int64
-        num_bins, shift = self.search.num_bins, self._shift()
+        num_bits = 8 * block_ME.element_size()
+        self._widths.add(num_bits)
+        integer = torch.int32 if num_bits == 32 else torch.int64
+        num_bins, shift = self.search.num_bins, self._shift(num_bits)
         for place, total in enumerate(self._counts):
             if total is None:
                 continue
@@ -216,30 +215,32 @@ class Select:
         search = self.search
         if len(self._widths) > 1:
             return self.again(replace(search, narrow=True))
+        num_bits = max(self._widths, default=32)
+        shift = self._shift(num_bits)
         found = [
-            None if rank is None else self._find(place, rank)
+            None if rank is None else self._find(place, rank, shift)
             for place, rank in enumerate(search.ranks)
         ]
         if search.whole is not None:
-            if self._num_bits != 32:
+            if num_bits != 32:
                 return self.again(search.whole)
             return self.again(_window(search.whole, found))
         pairs = zip(found, search.ranks, strict=True)
         if any(low is None and rank is not None for low, rank in pairs):  # the window missed it
             whole = Search(search.num_models, search.ranks, search.thresholds, search.rescale)
             return self.again(whole)
-        if shift := self._shift():
+        if shift:
             lows = tuple(low or 0 for low in found)
             finer = replace(search, lows=lows, shift=shift - _DIGIT_BITS, num_bins=1 << _DIGIT_BITS)
             return self.again(finer)
         thresholds = [
-            threshold if low is None else _float_of_bits(low, self._num_bits)
+            threshold if low is None else _float_of_bits(low, num_bits)
             for low, threshold in zip(found, search.thresholds, strict=True)
         ]
         limits = [thresholds[group] for group in _groups(search.num_models, len(thresholds))]
         return _KeptShare(limits) if search.rescale else [*limits, [1.0] * search.num_models]
 
-    def _find(self, place: int, rank: int) -> int | None:
+    def _find(self, place: int, rank: int, shift: int) -> int | None:
         """Return the least bits of the bin that contains a rank; None if no bin does."""
         counts: Any = self._counts[place]
         left = rank - int(counts[-1])  # those above all bins
@@ -252,7 +253,7 @@ class Select:
         if group < 0:
             return None
         bin_, _ = _from_top(groups[group], left)
-        return self._lows[place] + ((group * size + bin_) << self._shift())
+        return self._lows[place] + ((group * size + bin_) << shift)
 
 
 def _from_top(counts: Any, rank: int) -> tuple[int, int]:
