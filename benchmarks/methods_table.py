@@ -105,9 +105,10 @@ def methods(content: dict[str, Any]) -> str:
             ]
         )
     size, *others = content["num_parameters"]
-    own = [case.get("date", content["date"]) for case in content["cases"] if case["size"] == size]
+    dates = {content["date"]}
+    dates |= {case.get("date", "") for case in content["cases"] if case["size"] == size} - {""}
     about = (
-        f"Measured at {size} on {' and '.join(sorted({content['date'], *own}))}, {content['hardware']}, load before "
+        f"Measured at {size} on {' and '.join(sorted(dates))}, {content['hardware']}, load before "
         f"{content['load_before']}: {content['note']}."
     )
     for other in others:
