@@ -75,6 +75,34 @@ def test_a_tensor_that_does_not_fit_is_refused(models, most):
     assert plan.fitted(Options("cpu", 4, 1024 * int(size))).threads == 1
 
 
+@pytest.mark.parametrize("kind", ["stages", "modules", "quantize"])
+def test_memory_for_what_a_tensor_is_computed_of_counts(models, kind):
+    """A method on whole matrices takes as much where its merge is only a source of another."""
+    own = spec_of(models)
+    base = own["base_model"]
+    specs: dict[str, dict[str, Any]] = {
+        "stages": {
+            "stages": [{"name": "first", **own}],
+            "merge_method": "linear",
+            "models": [{"model": base}, {"model": "first"}],
+        },
+        "modules": {
+            "base_model": base,
+            "modules": {"wide": {"merge_method": "iso_c", "models": own["models"]}},
+        },
+        "quantize": own | {"quantize": "fp8"},
+    }
+    plan = outliermerge.plan(specs[kind])
+    needed = max(least_bytes(job, Options("cpu", 1, 1)) for job in plan.jobs)
+    assert needed > max(least_bytes(job, Options("cpu", 1, 1)) for job in plan_of(models).jobs)
+    for threads in (1, 3):
+        fitted = plan.fitted(Options("cpu", 8, threads * needed))
+        assert fitted.threads == threads
+        assert fitted.threads * needed <= fitted.memory_bytes
+    with pytest.raises(outliermerge.ArgumentError, match=r"wide\.weight.*what it is computed of"):
+        plan.fitted(Options("cpu", 8, needed - 1))
+
+
 def test_the_free_memory_bounds_a_default(models, monkeypatch):
     plan = plan_of(models)
     needed = options_of(plan, 1).memory_bytes
