@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,13 @@ def test_the_free_memory_bounds_a_default(models, monkeypatch):
         monkeypatch.setattr(threads_module, "free_memory_bytes", lambda free=free: free)
         with pytest.raises(outliermerge.ArgumentError, match="too little for tensor"):
             outliermerge.RunOptions(threads=4).on_this_machine(plan)
+
+
+def test_parts_may_compute_on_gpus_that_a_machine_without_torch_plans_for(models, monkeypatch):
+    monkeypatch.setattr(threads_module, "is_installed", lambda name: False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    options = outliermerge.RunOptions(device="cuda").in_parts(plan_of(models))
+    assert options.device == "cuda"
 
 
 def test_run_and_plan_tell_how_many_threads_there_are(models, tmp_path, capsys):
