@@ -105,7 +105,7 @@ def choose_options(
 def _most_bytes(device: str) -> int:
     """Return what the default memory may grow to: a share of what is free here and on the GPUs."""
     most = most_memory_bytes(free_memory_bytes())
-    if device == "cpu":
+    if device == "cpu" or not is_installed("torch"):  # which only the parts' machines may have
         return most
     import torch
 

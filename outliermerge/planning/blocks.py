@@ -8,6 +8,7 @@ from outliermerge.errors import ArgumentError, argument
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.methods.table import find_method
 from outliermerge.planning.job import Job, Options, row_elements
+from outliermerge.planning.merged import bytes_of_merges
 
 _MAX_CHUNKS = {"kernels": 16, "cpu": 4, "cuda": 64}
 
@@ -22,25 +23,27 @@ def block_elements(job: Job, options: Options) -> int:
     own_bytes = options.memory_bytes // options.threads
     if least_bytes(job, options) > own_bytes:
         raise too_little(job, own_bytes, options)
-    fits = (own_bytes - prepared_bytes(job)) // bytes_per_element(job, options)
+    fits = (own_bytes - bytes_beside(job)) // bytes_per_element(job, options)
     where = options.device.partition(":")[0] if options.uses_torch(job) else "kernels"
     most = _MAX_CHUNKS[where] * CHUNK_ELEMENTS
     return max(unit, min(fits, most) // unit * unit)
 
 
 def least_bytes(job: Job, options: Options) -> int:
-    """Return the memory that the smallest block of a tensor takes."""
+    """Return the memory that a thread needs for the smallest block of a tensor."""
     num_elements = min(_unit(job), job.num_elements)
-    return bytes_per_element(job, options) * num_elements + prepared_bytes(job)
+    return bytes_per_element(job, options) * num_elements + bytes_beside(job)
 
 
 def too_little(job: Job, num_bytes: int, options: Options) -> ArgumentError:
     """Return the refusal of a memory in which no block of a tensor fits."""
     needed = least_bytes(job, options)
+    computed = bytes_of_merges(source for _, source in job.sources)
     return ArgumentError(
         f"{argument('memory')}: {num_bytes:,} B is too little for tensor {job.name!r}: "
-        f"{job.method} needs {needed:,} B to hold one block of it. "
-        f"Give {argument('memory', f'{-(-needed // 1024)}KiB')} or more"
+        f"{job.method} needs {needed:,} B to hold one block of it"
+        + (", and what it is computed of. " if computed else ". ")
+        + f"Give {argument('memory', f'{-(-needed // 1024)}KiB')} or more"
         + (", or merge on a machine with more memory free" if options.most_memory_bytes else "")
     )
 
@@ -73,9 +76,13 @@ def num_by_torch(job: Job, options: Options) -> int:
     )
 
 
-def prepared_bytes(job: Job) -> int:
-    """Return the memory for what is made of whole auxiliary tensors, which a thread may hold."""
-    return job.task.prepared_bytes if job.prepared else 0
+def bytes_beside(job: Job) -> int:
+    """Return the memory that a thread needs beside a block.
+
+    It is for what is made of whole auxiliary tensors, and for the merges that a tensor is made of.
+    """
+    prepared = job.task.prepared_bytes if job.prepared else 0
+    return prepared + bytes_of_merges(source for _, source in job.sources)
 
 
 def _unit(job: Job) -> int:

@@ -16,10 +16,10 @@ from outliermerge.display import human_bytes, short_repr
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.planning.blocks import (
     block_elements,
+    bytes_beside,
     bytes_per_element,
     least_bytes,
     num_by_torch,
-    prepared_bytes,
     too_little,
 )
 from outliermerge.planning.job import Input as Input
@@ -33,7 +33,7 @@ from outliermerge.planning.job import Sidecar as Sidecar
 from outliermerge.planning.job import Stacked as Stacked
 from outliermerge.planning.job import row_elements as row_elements
 from outliermerge.planning.llama_cpp import Conversion
-from outliermerge.planning.merged import bytes_of_merges, merge_of, read_again
+from outliermerge.planning.merged import merge_of, read_again
 from outliermerge.planning.plan_html import plan_as_html
 from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
 from outliermerge.spec.check import MergeSpec
@@ -222,9 +222,7 @@ class Plan:
         peak = 0
         for job in self._unlike:
             block = min(block_elements(job, options), job.num_elements)
-            stages = bytes_of_merges(source for _, source in job.sources)
-            work = block * bytes_per_element(job, options) + prepared_bytes(job)
-            peak = max(peak, work + stages)
+            peak = max(peak, block * bytes_per_element(job, options) + bytes_beside(job))
         return options.threads * peak + self._held_bytes(options)
 
     def _held_bytes(self, options: Options) -> int:
@@ -257,8 +255,7 @@ class Plan:
                 sources = sum(source.dtype.num_bytes for _, source in job.sources)
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
-            whole += prepared_bytes(job) + bytes_of_merges(source for _, source in job.sources)
-            peak = max(peak, whole)
+            peak = max(peak, whole + bytes_beside(job))
         return options.threads * peak + self._held_bytes(options)
 
     def as_dict(self, *, tensors: bool = True) -> dict[str, Any]:

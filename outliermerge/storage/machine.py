@@ -71,12 +71,19 @@ def num_threads(wanted: int) -> int:
 
 
 def free_memory_bytes() -> int | None:
-    """Return the free memory in bytes, page cache included; None if the system does not tell."""
+    """Return the free memory in bytes, page cache included; None if the system does not tell.
+
+    In a container it is no more than what is left of the container's limit.
+    """
     lines = _read(_PROC / "meminfo").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     limit = _read(_CGROUP / "memory.max").strip()
     if limit.isdecimal():
-        found.append(int(limit))
+        taken = int(_read(_CGROUP / "memory.current").strip() or 0)
+        for line in _read(_CGROUP / "memory.stat").splitlines():
+            if line.startswith(("active_file ", "inactive_file ")):  # the page cache
+                taken -= int(line.split()[1])
+        found.append(max(0, int(limit) - max(0, taken)))
     return min(found, default=None)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from kernel_blocks import MODULES, block_of, draw, values_of
@@ -93,6 +95,20 @@ def test_values_that_are_not_finite_are_seen_in_the_result():
         out = merged(module, sources, "fff", limits)
         assert out[:3].isnan().all()
         assert out[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("unknown", [0, 1])
+def test_bounds_that_are_nan_make_all_of_it_nan_as_torch_does(unknown):
+    limits = [[0.0, 0.0], [1.0, 1.0], [0.1, 0.1], [1.0, 1.0]]
+    limits[unknown] = [0.0, math.nan]  # where more than 0.01% of a model are NaN
+    sources = [torch.zeros(8), torch.ones(8), torch.full((8,), 1e30)]
+    bounds = b"".join(struct.pack("2f", *row) for row in limits[:2])
+    for module in MODULES:
+        assert merged(module, sources, "fff", limits).isnan().all()
+        counts = tuple(numpy.zeros(2, numpy.uint64) for _ in range(2))
+        block = block_of("fff", sources, is_delta=True)
+        module.scores(block, bounds, (0, 0x7F800001), 0, counts)
+        assert counts[1].sum() == 8  # the second model's scores are NaN, too
 
 
 def test_wrong_arguments_of_scores_are_refused():

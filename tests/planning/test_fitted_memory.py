@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,34 @@ def test_a_tensor_that_does_not_fit_is_refused(models, most):
     assert plan.fitted(Options("cpu", 4, 1024 * int(size))).threads == 1
 
 
+@pytest.mark.parametrize("kind", ["stages", "modules", "quantize"])
+def test_memory_for_what_a_tensor_is_computed_of_counts(models, kind):
+    """A method on whole matrices takes as much where its merge is only a source of another."""
+    own = spec_of(models)
+    base = own["base_model"]
+    specs: dict[str, dict[str, Any]] = {
+        "stages": {
+            "stages": [{"name": "first", **own}],
+            "merge_method": "linear",
+            "models": [{"model": base}, {"model": "first"}],
+        },
+        "modules": {
+            "base_model": base,
+            "modules": {"wide": {"merge_method": "iso_c", "models": own["models"]}},
+        },
+        "quantize": own | {"quantize": "fp8"},
+    }
+    plan = outliermerge.plan(specs[kind])
+    needed = max(least_bytes(job, Options("cpu", 1, 1)) for job in plan.jobs)
+    assert needed > max(least_bytes(job, Options("cpu", 1, 1)) for job in plan_of(models).jobs)
+    for threads in (1, 3):
+        fitted = plan.fitted(Options("cpu", 8, threads * needed))
+        assert fitted.threads == threads
+        assert fitted.threads * needed <= fitted.memory_bytes
+    with pytest.raises(outliermerge.ArgumentError, match=r"wide\.weight.*what it is computed of"):
+        plan.fitted(Options("cpu", 8, needed - 1))
+
+
 def test_the_free_memory_bounds_a_default(models, monkeypatch):
     plan = plan_of(models)
     needed = options_of(plan, 1).memory_bytes
@@ -87,6 +116,13 @@ def test_the_free_memory_bounds_a_default(models, monkeypatch):
         monkeypatch.setattr(threads_module, "free_memory_bytes", lambda free=free: free)
         with pytest.raises(outliermerge.ArgumentError, match="too little for tensor"):
             outliermerge.RunOptions(threads=4).on_this_machine(plan)
+
+
+def test_parts_may_compute_on_gpus_that_a_machine_without_torch_plans_for(models, monkeypatch):
+    monkeypatch.setattr(threads_module, "is_installed", lambda name: False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    options = outliermerge.RunOptions(device="cuda").in_parts(plan_of(models))
+    assert options.device == "cuda"
 
 
 def test_run_and_plan_tell_how_many_threads_there_are(models, tmp_path, capsys):

@@ -36,6 +36,13 @@ def test_a_containers_limit_is_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1048576\n")
     assert machine.free_memory_bytes() == 1 << 20
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert machine.free_memory_bytes() == 48_576
+    cached = "anon 300000\nfile 700000\ninactive_file 500000\nactive_file 100000\nshmem 100000\n"
+    (tmp_path / "memory.stat").write_text(cached)
+    assert machine.free_memory_bytes() == 648_576
+    (tmp_path / "memory.current").write_text("1900000\n")
+    assert machine.free_memory_bytes() == 0
 
 
 def is_cached(path: Path, position: int) -> bool:

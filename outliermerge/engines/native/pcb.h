@@ -27,7 +27,7 @@ INLINE float clamped(float value, float from, float to) {
 
 INLINE void score_values(const float *restrict row, const float *restrict sums, float from, float to,
                          size_t models, int all_small, float *restrict scores, size_t num) {
-    const double factor = to > from ? 1 / ((double)to - from) : 1;
+    const double width = (double)to - from, factor = width <= 0 ? 1 : 1 / width;
     const double power = (double)models;
     const double spared = models > LARGEST_POWER ? (double)(models - LARGEST_POWER) : 0;
     for (size_t i = 0; i < num; i++) {
@@ -130,16 +130,18 @@ static PyObject *py_scores(PyObject *module, PyObject *args) {
     return finished(&block, result, failed, error);
 }
 
-/* Add a model's share of what is won, and the shares; infinite changes become NaN. */
+/* Add a model's share of what is won, and the shares. Infinite changes become NaN, and all of a model
+ * whose bounds are NaN. */
 static void add_won(const float *restrict row, const float *restrict scores, float from, float to,
                     float low, float width, float weight, int is_first, float *restrict out,
                     float *restrict shares, size_t num) {
+    const float unknown = from != from ? from : to != to ? to : 0.0f;
     for (size_t i = 0; i < num; i++) {
         const float alone = (scores[i] >= low) & (scores[i] > 0) ? 1.0f : 0.0f;
         const float share = width > 0 ? clamped((scores[i] - low) / width, 0, 1) : alone;
         const float size = clamped(fabsf(row[i]), from, to);
         const float sign = row[i] == 0 ? 0.0f : copysignf(1, row[i]);
-        const float won = (sign * size + (row[i] - row[i])) * share * weight;
+        const float won = (sign * size + (row[i] - row[i]) + unknown) * share * weight;
         out[i] = is_first ? won : out[i] + won;
         shares[i] = is_first ? share : shares[i] + share;
     }
