@@ -80,11 +80,13 @@ def choose_options(
     kernels: bool,
     allow_non_finite: bool = False,
     cache_size: int | str = DEFAULT_CACHE_BYTES,
+    is_here: bool = True,
 ) -> Options:
-    """Return the options with which a plan is run on this machine.
+    """Return the options with which a plan is run.
 
     Args:
         device: as `choose_device` returns it.
+        is_here: whether it runs on this machine; else its device is not asked.
         memory: None for 1 GiB, and for what a tensor needs if that is more and is free.
 
     Raises:
@@ -94,7 +96,7 @@ def choose_options(
         device=device,
         threads=num_threads(threads),
         memory_bytes=DEFAULT_MEMORY_BYTES if memory is None else parse_bytes(str(memory), "memory"),
-        most_memory_bytes=_most_bytes(device) if memory is None else 0,
+        most_memory_bytes=0 if memory is not None else _most_bytes(device if is_here else "cpu"),
         kernels=names() if kernels else frozenset(),
         statistics=statistics() if kernels else frozenset(),
         allow_non_finite=allow_non_finite,
@@ -105,14 +107,13 @@ def choose_options(
 def _most_bytes(device: str) -> int:
     """Return what the default memory may grow to: a share of what is free here and on the GPUs."""
     most = most_memory_bytes(free_memory_bytes())
-    if device == "cpu" or not is_installed("torch"):  # which only the parts' machines may have
-        return most
-    import torch
+    gpus = [name for name in devices(device) if name != "cpu"]
+    if gpus:
+        import torch
 
-    count = torch.cuda.device_count()  # a device of another machine may not be here
-    numbers = range(count) if device == "cuda" else [int(device.partition(":")[2])]
-    free = [torch.cuda.mem_get_info(number)[0] for number in numbers if number < count]
-    return min([most, *map(most_memory_bytes, free)])
+        free = [torch.cuda.mem_get_info(name)[0] for name in gpus]
+        return min([most, *map(most_memory_bytes, free)])
+    return most
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ or 1GiB.
         Raises:
             ArgumentError: one is wrong, or the memory is too little for a tensor of a plan.
         """
-        return self._resolved(choose_device(self.device), plans)
+        return self._resolved(choose_device(self.device), plans, is_here=True)
 
     def in_parts(self, *plans: Plan) -> Options:
         """Return the options of plans whose parts are written on other machines.
@@ -98,9 +98,10 @@ or 1GiB.
             ArgumentError: an option is wrong, or the memory is too little for a tensor of a plan.
         """
         is_named = self.device.partition(":")[0] == "cuda"
-        return self._resolved(self.device if is_named else choose_device(self.device), plans)
+        device = self.device if is_named else choose_device(self.device)
+        return self._resolved(device, plans, is_here=False)
 
-    def _resolved(self, device: str, plans: Sequence[Plan]) -> Options:
+    def _resolved(self, device: str, plans: Sequence[Plan], *, is_here: bool) -> Options:
         options = choose_options(
             device=device,
             memory=self.memory,
@@ -108,6 +109,7 @@ or 1GiB.
             kernels=self.kernels,
             allow_non_finite=self.allow_non_finite,
             cache_size=self.cache_size,
+            is_here=is_here,
         )
         for plan in plans:
             options = plan.fitted(options)

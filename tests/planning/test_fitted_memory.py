@@ -137,3 +137,20 @@ def test_run_and_plan_tell_how_many_threads_there_are(models, tmp_path, capsys):
     assert main(["run", str(spec), str(tmp_path / "all"), "--threads", "4", "--quiet"]) == 0
     two, whole = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("two", "all"))
     assert two == whole
+
+
+def test_the_gpu_with_the_least_free_memory_bounds_a_default(monkeypatch):
+    free = {"cuda:0": 8 * 2**30, "cuda:1": 4 * 2**30}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda name: (free[name], 2**40))
+    monkeypatch.setattr(threads_module, "free_memory_bytes", lambda: 6 * 2**30)
+    for device, gib in (("cuda", 3), ("cuda:0", 4.5), ("cuda:1", 3), ("cpu", 4.5)):
+        options = outliermerge.RunOptions(device=device).on_this_machine()
+        assert options.most_memory_bytes == gib * 2**30, device
+    monkeypatch.setattr(torch.cuda, "mem_get_info", None)
+    assert outliermerge.RunOptions(device="cuda").in_parts().most_memory_bytes == 4.5 * 2**30
+    assert (
+        outliermerge.RunOptions(memory="1GB", device="cuda").on_this_machine().most_memory_bytes
+        == 0
+    )
