@@ -50,7 +50,9 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pickled").mkdir()
     torch.save(values | whole, tmp_path / "pickled" / "pytorch_model.bin")
     name = "layers.0.q_proj"
-    save_statistics(tmp_path / "of_a", tmp_path / "a", gram={f"{name}.weight": torch.eye(8)})
+    for model in "ab":
+        gram = {f"{name}.weight": torch.eye(8)}
+        save_statistics(tmp_path / f"of_{model}", tmp_path / model, gram=gram)
     factors = {f"{name}.lora_A.weight": torch.ones(1, 8), f"{name}.lora_B.weight": torch.ones(8, 1)}
     save_lora(tmp_path / "lora", factors, target_modules=["q_proj"])
     dora = factors | {f"{name}.lora_magnitude_vector": torch.rand(8)}
@@ -172,7 +174,7 @@ def test_the_manifest_says_that_torch_was_not_there(models, monkeypatch):
         (spec("a", "b", modifiers=[{"modifier": f"{__name__}:doubled"}]), {}, "modifiers"),
         (
             {"merge_method": "regmean",
-             "models": [{"model": "a", "statistics": "of_a"}, {"model": "a", "statistics": "of_a"}]},
+             "models": [{"model": name, "statistics": f"of_{name}"} for name in "ab"]},
             {},
             "regmean has no kernel",
         ),
