@@ -45,9 +45,9 @@ def test_every_method_has_a_row_and_a_word_on_mergekit():
     assert len(rows) == len(every) == len(methods_table.AGREES)
     assert set(every) == set(methods_table.AGREES) == set(suite.PARAMETERS | suite.OTHERS)
     cells = next(row for row in rows if "`linear`" in row).strip("| ").split(" | ")
-    assert cells[3:] == ["1", "2.0", "33", "15", "30", "yes"]
+    assert cells[3:] == ["1", "2.0", "2.0", "33", "15", "30", "yes"]
     unmeasured = next(row for row in rows if "`ties`" in row)
-    assert unmeasured.count(" – ") == 4
+    assert unmeasured.count(" – ") == 5
     assert text.endswith("as said.")
 
 

@@ -184,7 +184,7 @@ def min_sigma(
 
     n is the number of task models that have the tensor. The paper recommends t of 2 or 3. All
     other parameters are ours, and their defaults are the paper's rule. No other value of `sigma`,
-    `scale` or `conflict` was better in all that we measured, so that none is recommended.
+    `scale` or `conflict` was better throughout where we measured, so none is recommended.
 
     Args:
         deltas_ME: task vectors.
