@@ -118,5 +118,6 @@ def methods(content: dict[str, Any]) -> str:
         loads = [case["load_before"] for case in cases]
         days = " and ".join(dict.fromkeys(case["date"] for case in cases))
         if cases:
-            about += f" At {other} on {days}, load before {min(loads)} to {max(loads)}: {names}."
+            load = " to ".join(map(str, dict.fromkeys([min(loads), max(loads)])))
+            about += f" At {other} on {days}, load before {load}: {names}."
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{about}"

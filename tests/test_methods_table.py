@@ -55,7 +55,7 @@ def test_what_was_measured_at_another_size_is_said():
     small = measured("iso_c", 3, 0) | {"size": "tiny", "date": "2026-01-03", "load_before": 0.7}
     sizes = {"num_parameters": {"0.1B": 1, "tiny": 1}}
     text = methods_table.methods(ABOUT | sizes | {"cases": [measured("linear", 2, 30), small]})
-    assert text.endswith("as said. At tiny on 2026-01-03, load before 0.7 to 0.7: `iso_c`.")
+    assert text.endswith("as said. At tiny on 2026-01-03, load before 0.7: `iso_c`.")
 
 
 @pytest.mark.parametrize(
