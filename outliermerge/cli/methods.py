@@ -95,7 +95,9 @@ def print_method(method: MergeMethod) -> None:
     console.print(text(method.name, style="bold"))
     console.print(text(method.spec_documentation))
     if method.space == "merged":
-        console.print("\nA modifier: a spec names it under `modifiers`, as `- modifier: NAME`.")
+        console.print(
+            text(f"\nA modifier: a spec names it under `modifiers`: `- modifier: {method.name}`.")
+        )
     console.print()
     console.print(_parameter_table(method))
     if method.paper:
