@@ -84,10 +84,10 @@ def methods(content: dict[str, Any]) -> str:
     report = Report(content)
     by_method = {case["method"]: case for case in report.content["cases"]}
     header = [
-        "method", "from", "parameters", "readings", "work over a copy", "memory, MB",
+        "method", "from", "parameters", "readings", "time, s", "work over a copy", "memory, MB",
         "times as fast as mergekit", "CPU time less", "equal to mergekit's",
     ]  # fmt: skip
-    lines = [header, ["---"] * 3 + ["--:"] * 5 + ["---"]]
+    lines = [header, ["---"] * 3 + ["--:"] * 6 + ["---"]]
     for name, method in (EVERY | MODIFIERS).items():
         case = by_method.get(name)
         given = case["parameters"] if case else {}
@@ -97,6 +97,7 @@ def methods(content: dict[str, Any]) -> str:
                 _source(method.paper),
                 ", ".join(f"`{parameter}`" for parameter in method.parameters) or "–",
                 str(num_readings(method, given)),
+                _figure(median(case, "outliermerge", "wall_seconds")),
                 _figure(ratio(case, "outliermerge", "direct copy", "work_seconds")),
                 _figure(median(case, "outliermerge", PEAK), 0),
                 _figure(ratio(case, "mergekit", "outliermerge", "wall_seconds")),
@@ -117,5 +118,6 @@ def methods(content: dict[str, Any]) -> str:
         loads = [case["load_before"] for case in cases]
         days = " and ".join(dict.fromkeys(case["date"] for case in cases))
         if cases:
-            about += f" At {other} on {days}, load before {min(loads)} to {max(loads)}: {names}."
+            load = " to ".join(map(str, dict.fromkeys([min(loads), max(loads)])))
+            about += f" At {other} on {days}, load before {load}: {names}."
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{about}"

@@ -20,7 +20,7 @@ from outliermerge.cli.terminal import value_text
 from outliermerge.evaluation.paper import paper_rows
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
-from outliermerge.methods.table import EVERY, METHODS, MODIFIERS
+from outliermerge.methods.table import EVERY, METHODS, MODIFIERS, WITH_DATA
 from outliermerge.spec.moe import ExpertEntry, MoeDocument
 from outliermerge.spec.schema import json_schema
 
@@ -65,7 +65,9 @@ def methods_table() -> str:
         if method.name not in _IN_ONE_ROW
     ]
     links = [f"[`{name}`](docs/reference/methods.md#{name})" for name in _IN_ONE_ROW]
-    rows.append([" ".join(links), "From papers; not in mergekit", "by method", "papers"])
+    with_data = ", ".join(f"`{name}`" for name in WITH_DATA)
+    said = f"From papers; not in mergekit. [With data](docs/howto/measure.md): {with_data}"
+    rows.append([" ".join(links), said, "by method", "papers"])
     return _table(["`merge_method`", "what it does", "parameters and defaults", "from"], *rows)
 
 

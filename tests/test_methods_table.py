@@ -45,9 +45,9 @@ def test_every_method_has_a_row_and_a_word_on_mergekit():
     assert len(rows) == len(every) == len(methods_table.AGREES)
     assert set(every) == set(methods_table.AGREES) == set(suite.PARAMETERS | suite.OTHERS)
     cells = next(row for row in rows if "`linear`" in row).strip("| ").split(" | ")
-    assert cells[3:] == ["1", "2.0", "33", "15", "30", "yes"]
+    assert cells[3:] == ["1", "2.0", "2.0", "33", "15", "30", "yes"]
     unmeasured = next(row for row in rows if "`ties`" in row)
-    assert unmeasured.count(" – ") == 4
+    assert unmeasured.count(" – ") == 5
     assert text.endswith("as said.")
 
 
@@ -55,7 +55,7 @@ def test_what_was_measured_at_another_size_is_said():
     small = measured("iso_c", 3, 0) | {"size": "tiny", "date": "2026-01-03", "load_before": 0.7}
     sizes = {"num_parameters": {"0.1B": 1, "tiny": 1}}
     text = methods_table.methods(ABOUT | sizes | {"cases": [measured("linear", 2, 30), small]})
-    assert text.endswith("as said. At tiny on 2026-01-03, load before 0.7 to 0.7: `iso_c`.")
+    assert text.endswith("as said. At tiny on 2026-01-03, load before 0.7: `iso_c`.")
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,10 @@ def _checked(spec: MergeSpec) -> tuple[list[float], float]:
             f"found {shown(spec.method.name)}, expected task_arithmetic, whose weights are fitted",
         )
     refuse_all_but_models(spec, "fit")
-    if spec.modifiers or any(plain_values(spec, "normalize")):
-        raise SpecError(f"{spec.source.file}: fit takes neither `modifiers` nor `normalize: true`")
+    if spec.modifiers:
+        raise spec.source.error(("modifiers",), "fit takes no `modifiers`: leave them out")
+    if any(plain_values(spec, "normalize")):
+        raise SpecError(f"{spec.source.file}: fit takes no `normalize: true`: leave it out")
     return plain_values(spec, "weight"), float(plain_values(spec, "lambda")[0])
 
 

@@ -327,8 +327,10 @@ class Feeder:
         given, num_prompt = self.inputs(sample)
         try:
             return self._loaded.module(**given), given, num_prompt
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             said = str(error).partition("\n")[0]
+            if isinstance(error, AttributeError):  # of an input that is None
+                said = f"it was given {' and '.join(given)} alone ({said})"
             config: Any = self._loaded.module.config
             num = given["input_ids"].shape[-1]
             if num > (most := getattr(config.get_text_config(), "max_position_embeddings", num)):

@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one for each model, in its order",
     )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", help="the folder to write (default: MODEL-statistics)"
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="the folder to write (default: NAME-statistics here, NAME that of the model's folder)",
     )
     parser.add_argument(
         "--statistics",

@@ -94,6 +94,10 @@ def print_method(method: MergeMethod) -> None:
     console = open_console(soft_wrap=True)
     console.print(text(method.name, style="bold"))
     console.print(text(method.spec_documentation))
+    if method.space == "merged":
+        console.print(
+            text(f"\nA modifier: a spec names it under `modifiers`: `- modifier: {method.name}`.")
+        )
     console.print()
     console.print(_parameter_table(method))
     if method.paper:

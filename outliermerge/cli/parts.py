@@ -160,7 +160,8 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         "--memory",
         metavar="SIZE",
         help="most memory for what is computed at once, besides the program's own (default 1GiB, "
-        "and what a tensor needs if that is more and is free); fewer threads run if it has to be",
+        "or what all threads need for the largest tensor, up to 3/4 of the free memory); fewer "
+        "threads run where it is too little for all",
     )
     parser.add_argument(
         "--no-kernels",

@@ -117,7 +117,9 @@ def _print_models(console: Console, plan: Plan) -> None:
             places.append((entry.reference, root))
     table.print(console)
     for name, stage in plan.spec.all_stages.items():
-        print_words(console, f"stage {shown(name)}: {stage.in_a_line}{_given(stage)}")
+        print_words(
+            console, f"stage {shown(name)}: {stage.in_a_line}{_given(stage)}{_modified(stage)}"
+        )
     for reference, root in places:
         small = " (config, tokenizer and headers)" if is_address(reference) else ""
         console.print(text(f"{shown(reference)} is in {shown(str(root))}{small}"), soft_wrap=True)
@@ -133,7 +135,7 @@ def _print_modules(console: Console, plan: Plan) -> None:
         table.add_row(
             module.name,
             str(len(module.names)),
-            module.method,
+            module.method + _modified(plan.spec.modules[module.name].merge),
             ", ".join(module.models),
             f"{len(module.kept)} kept" if module.kept else "none",
         )
@@ -272,7 +274,18 @@ def _print_parameters(console: Console, plan: Plan) -> None:
             otherwise if setting.filter is None else setting.filter,
         )
     table.print(console)
+    if plan.spec.modifiers:
+        print_words(console, _modified(plan.spec).removeprefix(", "))
     console.print()
+
+
+def _modified(spec: MergeSpec) -> str:
+    """Return by what the merged task vector is modified, with parameters, in order."""
+    said = []
+    for name, own in spec.modifiers:
+        values = ", ".join(f"{key} {shown(value)}" for key, value in own.items())
+        said.append(f"{shown(name)} ({values})" if values else shown(name))
+    return f", modified by {', then '.join(said)}" if said else ""
 
 
 def _print_rows(console: Console, plan: Plan) -> None:
@@ -307,7 +320,8 @@ def _time(estimate: Estimate, took: Took) -> str:
     merging = estimate.seconds
     if merging is None:
         least = took.planning + took.load_check
-        return f"not known, at least {duration(least)} ({estimate.basis})"
+        more = f", at least {duration(least)}" if least >= 1 else ""
+        return f"not known{more} ({estimate.basis})"
     parts = [f"{duration(took.planning)} to plan"] if took.planning >= 1 else []
     parts.append(f"{duration(merging)} to merge")
     if took.load_check:

@@ -92,16 +92,17 @@ def slowness_note(options: Options, *, kernels: bool) -> str | None:
 
 def _why_torch(job: Job, options: Options) -> str | None:
     """Return why torch must be there for a job, or None where it need not."""
-    sources = [*(source for _, source in job.sources), *job.auxiliary]
+    models = [source for _, source in job.sources]
+    sources = [*models, *job.auxiliary]
     dtypes = {source.dtype.name for source in sources}
-    if reads_by_torch(sources, options):
-        if all(source.stored == (source,) for source in sources):
+    if reads_by_torch(models, options):
+        if all(source.stored == (source,) for source in models):
             return "its elements are not in order in its .bin file"
         return "read from adapters, quantised weights, changed vocabularies or stages"
     if job.action == "equal" and len(dtypes) > 1:
         return f"compared as {' and '.join(sorted(dtypes))}"
     if not options.uses_torch(job):
-        return None
+        return "its auxiliary tensors are computed" if reads_by_torch(sources, options) else None
     if options.device != "cpu":
         return f"computed on the device {options.device}"
     if not options.kernels:
@@ -109,6 +110,6 @@ def _why_torch(job: Job, options: Options) -> str | None:
     if job.compute_dtype != "float32" or not dtypes | {job.output.dtype.name} <= CODES.keys():
         return f"kernels do not compute with {', '.join(sorted(dtypes | {job.output.dtype.name}))}"
     if job.modifiers:
-        return f"kernels do not compute modifiers: {', '.join(name for name, _ in job.modifiers)}"
+        return "kernels do not compute modifiers"
     name = job.task.method.name
-    return f"the method {name} has no kernel for its parameters, or its statistics have none"
+    return f"{name} has no kernel, or none for these parameters"

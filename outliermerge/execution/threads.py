@@ -87,7 +87,8 @@ def choose_options(
     Args:
         device: as `choose_device` returns it.
         is_here: whether it runs on this machine; else its device is not asked.
-        memory: None for 1 GiB, and for what a tensor needs if that is more and is free.
+        memory: None for 1 GiB, or what all threads need for the largest tensor, up to three
+            quarters of what is free.
 
     Raises:
         ArgumentError: an option is wrong.

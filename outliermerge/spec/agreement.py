@@ -74,10 +74,24 @@ def modifiers_of(
             modifier = find_method(entry.modifier)
             if modifier.space != "merged":
                 raise SpecError(f"{modifier.name} is a merge method, not a modifier")
-            found.append((entry.modifier, modifier.resolve(1, entry.parameters)))
         except SpecError as error:
             raise source.error(path, str(error)) from error
+        try:
+            found.append((entry.modifier, modifier.resolve(1, entry.parameters)))
+        except SpecError as error:
+            place = (*path, *_wrong(modifier, entry.parameters))
+            raise source.error(place, str(error)) from error
     return tuple(found)
+
+
+def _wrong(modifier: MergeMethod, given: Mapping[str, Any]) -> SpecPath:
+    """Return where in a modifier's entry a parameter is wrong by itself; nothing if none is."""
+    for name, value in given.items():
+        try:
+            modifier.resolve(1, {name: value})
+        except SpecError:
+            return ("parameters", name)
+    return ()
 
 
 def method_of(raw: Mapping[str, Any], source: SpecText) -> MergeMethod | None:

@@ -116,6 +116,7 @@ def test_what_cannot_be_fitted_is_told(place, tmp_path, capsys):
     assert "expected task_arithmetic" in refused(2, merge_method="ties", parameters={})
     assert "found filters or several values" in refused(2, parameters={"weight": [0.1, 0.4]})
     assert "normalize: true" in refused(2, parameters={"normalize": True})
+    assert "modifiers: fit takes no" in refused(2, modifiers=[{"modifier": "lines"}])
     for rate in ("0", "nan", "inf"):
         assert "expected a number above 0" in refused(2, "--rate", rate)
     large = {"weight": 3e38, "lambda": 3e38}

@@ -400,6 +400,20 @@ def test_what_cannot_be_measured_is_told(place, tmp_path, capsys):
     assert "its tokenizer does not load" in capsys.readouterr().err
 
 
+def test_a_model_that_needs_a_picture_too_says_what_it_was_given(place, tmp_path, capsys):
+    small = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "image_size": 8, "patch_size": 4, "vocab_size": 300,
+    }  # fmt: skip
+    config = transformers.CLIPConfig(text_config=small, vision_config=small, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    for file in (place / "a").glob("tokenizer*"):
+        (tmp_path / "clip" / file.name).write_bytes(file.read_bytes())
+    data = ["--data", str(place / "data.jsonl"), "-o", str(tmp_path / "x")]
+    assert main(["measure", str(tmp_path / "clip"), *data, "--statistics", "gram"]) == 1
+    assert "it was given input_ids alone" in capsys.readouterr().err
+
+
 def test_the_function_measures_as_the_command_does(place, measured, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     wanted = ["gram", "mean"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import as_many_as, save_lora, save_tensors
+from statistics_of import save_statistics
 
 import outliermerge
 from outliermerge import OutlierMergeError
@@ -49,6 +50,9 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pickled").mkdir()
     torch.save(values | whole, tmp_path / "pickled" / "pytorch_model.bin")
     name = "layers.0.q_proj"
+    for model in "ab":
+        gram = {f"{name}.weight": torch.eye(8)}
+        save_statistics(tmp_path / f"of_{model}", tmp_path / model, gram=gram)
     factors = {f"{name}.lora_A.weight": torch.ones(1, 8), f"{name}.lora_B.weight": torch.ones(8, 1)}
     save_lora(tmp_path / "lora", factors, target_modules=["q_proj"])
     dora = factors | {f"{name}.lora_magnitude_vector": torch.rand(8)}
@@ -165,11 +169,17 @@ def test_the_manifest_says_that_torch_was_not_there(models, monkeypatch):
         (
             spec("a", method="arcee_fusion", parameters={"compat": "mergekit"}),
             {},
-            "the method arcee_fusion has no kernel for its parameters",
+            "arcee_fusion has no kernel, or none for these parameters",
         ),
         (spec("a", "b", modifiers=[{"modifier": f"{__name__}:doubled"}]), {}, "modifiers"),
+        (
+            {"merge_method": "regmean",
+             "models": [{"model": name, "statistics": f"of_{name}"} for name in "ab"]},
+            {},
+            "regmean has no kernel",
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_merge_that_needs_torch_is_refused_before_it_begins(
     models, no_torch, document, flags, why
 ):

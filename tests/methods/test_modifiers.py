@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import load_folder, save_tensors
 from torch import Tensor
 
 import outliermerge
+from outliermerge.cli import main as cli
 
 SHAPES = {
     "embed_tokens.weight": (40, 12),
@@ -134,3 +136,30 @@ def test_a_modifier_in_a_wrong_place_or_with_a_wrong_value_is_refused(document, 
     with pytest.raises(outliermerge.SpecError) as caught:
         outliermerge.plan(whole)
     assert words in str(caught.value)
+
+
+def test_a_plan_says_by_what_a_merge_a_stage_and_a_module_are_modified(folders, tmp_path, capsys):
+    modifiers = [{"modifier": "svc"}, {"modifier": "lines", "parameters": {"beta": 0.25}}]
+    merge = {
+        "merge_method": "ties", "models": [{"model": str(path)} for path in folders[1]],
+        "modifiers": modifiers,
+    }  # fmt: skip
+    base = {"base_model": str(folders[0])}
+    stage = {"stages": [base | merge | {"name": "one"}]}
+    specs = [
+        base | merge,
+        stage | {"merge_method": "linear", "models": [{"model": "one"}]},
+        base | {"modules": {"tower": merge}},
+    ]
+    for spec in specs:
+        (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+        assert cli.main(["plan", str(tmp_path / "spec.yaml"), "--no-load-check"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "modified by svc (alpha 1.0), then lines (alpha 0.5, beta 0.25)" in said
+
+
+def test_methods_says_of_a_modifier_where_it_is_named(capsys):
+    assert cli.main(["methods", "lines"]) == 0
+    assert "A modifier: a spec names it under `modifiers`" in capsys.readouterr().out
+    assert cli.main(["methods", "ties"]) == 0
+    assert "A modifier" not in capsys.readouterr().out

@@ -64,9 +64,9 @@ def test_a_value_that_a_modifiers_parameter_cannot_have_is_refused_at_its_line(m
     for value in impossible(MODIFIERS[modifier].parameters[name]):
         text = (
             "merge_method: ties\nbase_model: b\nmodels: [{model: m}]\nmodifiers:\n"
-            f"- {{modifier: {modifier}, parameters: {{{name}: {value}}}}}"
+            f"- modifier: {modifier}\n  parameters:\n    {name}: {value}"
         )
-        with pytest.raises(SpecError, match=rf"^FILE:5:\d+: .*{name}"):
+        with pytest.raises(SpecError, match=rf"^FILE:7:\d+: modifiers\[0\].parameters.{name}: "):
             parse_spec(text, file="FILE")
 
 
