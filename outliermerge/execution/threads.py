@@ -78,6 +78,7 @@ def choose_options(
     memory: int | str | None,
     threads: int,
     kernels: bool,
+    free_bytes: int | None = None,
     allow_non_finite: bool = False,
     cache_size: int | str = DEFAULT_CACHE_BYTES,
 ) -> Options:
@@ -86,6 +87,7 @@ def choose_options(
     Args:
         device: as `choose_device` returns it.
         memory: None for 1 GiB, and for what a tensor needs if that is more and is free.
+        free_bytes: the memory that is free where it is run.
 
     Raises:
         ArgumentError: an option is wrong.
@@ -94,7 +96,7 @@ def choose_options(
         device=device,
         threads=num_threads(threads),
         memory_bytes=DEFAULT_MEMORY_BYTES if memory is None else parse_bytes(str(memory), "memory"),
-        most_memory_bytes=_most_bytes(device) if memory is None else 0,
+        most_memory_bytes=most_memory_bytes(free_bytes) if memory is None else 0,
         kernels=names() if kernels else frozenset(),
         statistics=statistics() if kernels else frozenset(),
         allow_non_finite=allow_non_finite,
@@ -102,17 +104,15 @@ def choose_options(
     )
 
 
-def _most_bytes(device: str) -> int:
-    """Return what the default memory may grow to: a share of what is free here and on the GPUs."""
-    most = most_memory_bytes(free_memory_bytes())
-    if device == "cpu" or not is_installed("torch"):  # which only the parts' machines may have
-        return most
+def free_bytes(device: str) -> int | None:
+    """Return the memory that is free here and on each GPU; None if the system does not tell."""
+    free = free_memory_bytes()
+    gpus = [name for name in devices(device) if name != "cpu"]
+    if free is None or not gpus:
+        return free
     import torch
 
-    count = torch.cuda.device_count()  # a device of another machine may not be here
-    numbers = range(count) if device == "cuda" else [int(device.partition(":")[2])]
-    free = [torch.cuda.mem_get_info(number)[0] for number in numbers if number < count]
-    return min([most, *map(most_memory_bytes, free)])
+    return min([free, *(torch.cuda.mem_get_info(name)[0] for name in gpus)])
 
 
 @dataclass(frozen=True)
