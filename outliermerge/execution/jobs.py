@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from outliermerge.arguments import nothing
 from outliermerge.checkpoint.checksum import piece_digests, tensor_checksum
 from outliermerge.checkpoint.quantized.encoded import codes_in
 from outliermerge.checkpoint.reader import Reader
@@ -19,7 +21,7 @@ from outliermerge.execution.auxiliary import refuse_other_models
 from outliermerge.execution.cuts import Sink
 from outliermerge.execution.exact import are_whole, same_values
 from outliermerge.execution.files import FileFeed, WrittenSpan
-from outliermerge.execution.passes import Measured, Span, fold_reports, measure
+from outliermerge.execution.passes import Measured, Span, fold_reports, measure, needs_of
 from outliermerge.execution.pipeline import merge_tensor
 from outliermerge.execution.rounds import Round, Steps
 from outliermerge.planning.buffers import maps_rows
@@ -50,6 +52,28 @@ class JobResult:
     non_finite: list[str] = field(default_factory=list)
 
 
+class _Share:
+    """The progress of a job, which ends at what was planned.
+
+    A tensor may be read more often than planned, where a window of magnitudes misses the rank or
+    values have 64 bits, or less often, where it is only copied.
+    """
+
+    def __init__(self, on_progress: Callable[[int], None], num_bytes: int) -> None:
+        self._on_progress, self._left, self._lock = on_progress, num_bytes, threading.Lock()
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes, as far as they were planned; called by any thread."""
+        with self._lock:
+            counted = min(num_bytes, self._left)
+            self._left -= counted
+        if counted:
+            self._on_progress(counted)
+
+    def finish(self) -> None:
+        self.advance(self._left)
+
+
 class JobRunner:
     """Makes output tensors, each in rounds that threads share.
 
@@ -78,7 +102,17 @@ class JobRunner:
             outputs: jobs with the same sources and compute dtype, and the sinks of their bytes.
             known: for each job the statistics that were measured over the whole model.
         """
-        feed = self._feed([job for job, _ in outputs], [sink for _, sink in outputs])
+        first, *others = (job for job, _ in outputs)
+        num_bytes = self._plan.num_work_bytes(first) - _bytes_of_model_passes(first)
+        share = _Share(self._on_progress, num_bytes + sum(job.num_written_bytes for job in others))
+        feed = self._feed([first, *others], [sink for _, sink in outputs], share.advance)
+        results = yield from self._made(feed, outputs, known)
+        share.finish()
+        return results
+
+    def _made(
+        self, feed: FileFeed, outputs: Sequence[tuple[Job, Sink]], known: Sequence[Measured]
+    ) -> Steps[list[JobResult]]:
         job = outputs[0][0]
         if job.action == "equal":
             yield from self._check_equal(job, feed)
@@ -107,10 +141,22 @@ class JobRunner:
         Args:
             jobs: all merges of a plan; each of them has all models.
         """
-        feeds = [self._feed([job]) for job in jobs]
-        return (yield from measure([job.task for job in jobs], feeds, "model"))
+        shares = [_Share(self._on_progress, _bytes_of_model_passes(job)) for job in jobs]
+        feeds = [
+            self._feed([job], on_progress=share.advance)
+            for job, share in zip(jobs, shares, strict=True)
+        ]
+        measured = yield from measure([job.task for job in jobs], feeds, "model")
+        for share in shares:
+            share.finish()
+        return measured
 
-    def _feed(self, jobs: Sequence[Job], sinks: Sequence[Sink] = ()) -> FileFeed:
+    def _feed(
+        self,
+        jobs: Sequence[Job],
+        sinks: Sequence[Sink] = (),
+        on_progress: Callable[[int], None] = nothing,
+    ) -> FileFeed:
         return FileFeed(
             jobs,
             sinks,
@@ -118,7 +164,7 @@ class JobRunner:
             reader=self._reader,
             engine=self._choose_engine(jobs[0]),
             options=self._options,
-            on_progress=self._on_progress,
+            on_progress=on_progress,
         )
 
     def _identical(self, feed: FileFeed) -> Steps[bool]:
@@ -314,3 +360,10 @@ def _keeps_equal_models(job: Job) -> bool:
     if job.modifiers:
         return False
     return method.uses_base or method.idempotent(job.parameters)
+
+
+def _bytes_of_model_passes(job: Job) -> int:
+    """Return the bytes of the readings for what the method needs to know of the whole model."""
+    if job.action != "merge" or not needs_of(job.task, "model"):
+        return 0
+    return (job.num_passes - 1) * sum(source.num_bytes for _, source in job.sources)

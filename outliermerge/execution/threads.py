@@ -78,17 +78,17 @@ def choose_options(
     memory: int | str | None,
     threads: int,
     kernels: bool,
+    free_bytes: int | None = None,
     allow_non_finite: bool = False,
     cache_size: int | str = DEFAULT_CACHE_BYTES,
-    is_here: bool = True,
 ) -> Options:
-    """Return the options with which a plan is run.
+    """Return the options with which a plan is run on this machine.
 
     Args:
         device: as `choose_device` returns it.
-        is_here: whether it runs on this machine; else its device is not asked.
         memory: None for 1 GiB, or what all threads need for the largest tensor, up to three
             quarters of what is free.
+        free_bytes: the memory that is free where it is run.
 
     Raises:
         ArgumentError: an option is wrong.
@@ -97,7 +97,7 @@ def choose_options(
         device=device,
         threads=num_threads(threads),
         memory_bytes=DEFAULT_MEMORY_BYTES if memory is None else parse_bytes(str(memory), "memory"),
-        most_memory_bytes=0 if memory is not None else _most_bytes(device if is_here else "cpu"),
+        most_memory_bytes=most_memory_bytes(free_bytes) if memory is None else 0,
         kernels=names() if kernels else frozenset(),
         statistics=statistics() if kernels else frozenset(),
         allow_non_finite=allow_non_finite,
@@ -105,16 +105,15 @@ def choose_options(
     )
 
 
-def _most_bytes(device: str) -> int:
-    """Return what the default memory may grow to: a share of what is free here and on the GPUs."""
-    most = most_memory_bytes(free_memory_bytes())
+def free_bytes(device: str) -> int | None:
+    """Return the memory that is free here and on each GPU; None if the system does not tell."""
+    free = free_memory_bytes()
     gpus = [name for name in devices(device) if name != "cpu"]
-    if gpus:
-        import torch
+    if free is None or not gpus:
+        return free
+    import torch
 
-        free = [torch.cuda.mem_get_info(name)[0] for name in gpus]
-        return min([most, *map(most_memory_bytes, free)])
-    return most
+    return min([free, *(torch.cuda.mem_get_info(name)[0] for name in gpus)])
 
 
 @dataclass(frozen=True)

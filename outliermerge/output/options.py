@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 
 from outliermerge.arguments import checked, nothing, wrong
 from outliermerge.checkpoint.layout import parse_bytes
-from outliermerge.execution.threads import Executor, choose_device, choose_options, execute
+from outliermerge.execution.threads import (
+    Executor,
+    choose_device,
+    choose_options,
+    execute,
+    free_bytes,
+)
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 
@@ -87,21 +93,23 @@ or 1GiB.
         Raises:
             ArgumentError: one is wrong, or the memory is too little for a tensor of a plan.
         """
-        return self._resolved(choose_device(self.device), plans, is_here=True)
+        device = choose_device(self.device)
+        return self._resolved(device, plans, free_bytes(device))
 
     def in_parts(self, *plans: Plan) -> Options:
         """Return the options of plans whose parts are written on other machines.
 
-        The device is taken as it is named, and not looked for here.
+        The device is taken as it is named, and not looked for here. As much memory is taken to be
+        free there as is here.
 
         Raises:
             ArgumentError: an option is wrong, or the memory is too little for a tensor of a plan.
         """
         is_named = self.device.partition(":")[0] == "cuda"
         device = self.device if is_named else choose_device(self.device)
-        return self._resolved(device, plans, is_here=False)
+        return self._resolved(device, plans, free_bytes("cpu"))
 
-    def _resolved(self, device: str, plans: Sequence[Plan], *, is_here: bool) -> Options:
+    def _resolved(self, device: str, plans: Sequence[Plan], free: int | None) -> Options:
         options = choose_options(
             device=device,
             memory=self.memory,
@@ -109,7 +117,7 @@ or 1GiB.
             kernels=self.kernels,
             allow_non_finite=self.allow_non_finite,
             cache_size=self.cache_size,
-            is_here=is_here,
+            free_bytes=free,
         )
         for plan in plans:
             options = plan.fitted(options)

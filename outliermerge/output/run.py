@@ -17,6 +17,7 @@ from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, groups_of
 from outliermerge.notebook import NotebookBar, in_notebook
+from outliermerge.output.division import part_work_bytes
 from outliermerge.output.manifest import identity, write_sidecars
 from outliermerge.output.manifest_file import Manifest, read_manifest
 from outliermerge.output.names import (
@@ -182,7 +183,7 @@ def run_plans(
                     plan, folder.ordered(left), folder.writer, if_unchanged(watched, folder.record)
                 )
             )
-            on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
+            on_progress(plan.work_bytes - part_work_bytes(plan, left))
         working = time.monotonic()
 
         def on_block(num_bytes: int) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_tensors
+from stopping import stopping_after
 
 import outliermerge
+from outliermerge.execution.files import FileFeed
+from outliermerge.planning.plan import Plan
 
 SIZES = {"a.weight": (600, 700), "b.weight": (512, 600)}
 
@@ -27,6 +30,13 @@ def models(tmp_path_factory) -> list[Path]:
     ]
 
 
+def plan_of(models: list[Path], method: str, parameters: dict[str, Any]) -> Plan:
+    base, *others = map(str, models)
+    spec: dict[str, Any] = {"merge_method": method, "parameters": parameters}
+    spec["models"] = [{"model": model} for model in others]
+    return outliermerge.plan(spec | ({} if method == "linear" else {"base_model": base}))
+
+
 @pytest.mark.parametrize(
     ("method", "parameters", "readings"),
     [
@@ -39,15 +49,63 @@ def models(tmp_path_factory) -> list[Path]:
         ("metagpt", {}, 2),
     ],
 )
-def test_the_work_done_is_the_work_planned(models, tmp_path, method, parameters, readings):
-    base, *others = map(str, models)
-    spec: dict[str, Any] = {"merge_method": method, "base_model": base, "parameters": parameters}
-    plan = outliermerge.plan(spec | {"models": [{"model": model} for model in others]})
+def test_a_plan_counts_the_readings(models, tmp_path, monkeypatch, method, parameters, readings):
+    plan = plan_of(models, method, parameters)
     assert {job.num_passes for job in plan.jobs} == {readings}
+    measured: list[int] = []
+
+    def measure(feed: FileFeed, span: tuple[int, int], passes: Any) -> Any:
+        measured.append(span[1] - span[0])
+        return measured_as_ever(feed, span, passes)
+
+    measured_as_ever = FileFeed.measure
+    monkeypatch.setattr(FileFeed, "measure", measure)
+    outliermerge.run(plan, output=tmp_path / "out")
+    num_elements = sum(rows * columns for rows, columns in SIZES.values())
+    assert sum(measured) == (readings - 1) * num_elements
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("ties", {"density": 0.3}),  # two readings to find a rank; in 64 bits, four
+        ("ties", {"density": 0.3, "trim": "model"}),
+        ("breadcrumbs", {"density": 0.3, "gamma": 0.1, "rescale": True}),
+        ("pcb", {"trim": "tensor"}),
+        ("arcee_fusion", {}),
+        ("linear", {}),
+    ],
+)
+def test_progress_ends_where_it_was_planned_and_not_before(dtype, method, parameters, tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    drawn = {name: torch.randn(70_000, generator=generator).to(dtype) for name in ("a", "b", "c")}
+    for name in ("base", "one", "two"):
+        # A tensor of equal models is only copied.
+        moved = {key: tensor + (name > "p" and key != "b") for key, tensor in drawn.items()}
+        moved["c"] += torch.randn(70_000, generator=generator).to(dtype)
+        save_tensors(tmp_path / name, moved)
+    models = [tmp_path / name for name in ("base", "one", "two")]
+    plan = plan_of(models[:2] if method == "arcee_fusion" else models, method, parameters)
     seen: list[int] = []
-    outliermerge.run(plan, output=tmp_path / "out", on_progress=seen.append)
-    # Besides, the first elements of two sources are compared.
-    assert 1 <= sum(seen) / plan.work_bytes < 1.25
+    outliermerge.run(plan, output=tmp_path / "out", on_progress=seen.append, threads=1)
+    assert sum(seen) == plan.work_bytes
+    last = plan.jobs[-1]
+    assert sum(seen[:-1]) < plan.work_bytes  # the last bytes are those of the last tensor
+    assert seen[-1] <= plan.num_work_bytes(last)
+
+
+@pytest.mark.parametrize("trim", ["model", "tensor"])
+def test_progress_of_a_run_that_goes_on_ends_where_it_was_planned(
+    models, tmp_path, monkeypatch, trim
+):
+    plan = plan_of(models, "ties", {"density": 0.3, "trim": trim})
+    with stopping_after(monkeypatch, 1), pytest.raises(KeyboardInterrupt):
+        outliermerge.run(plan, output=tmp_path / "out", threads=1)
+    seen: list[int] = []
+    done = outliermerge.run(plan, output=tmp_path / "out", on_progress=seen.append, threads=1)
+    assert done.num_resumed == 1
+    assert sum(seen) == plan.work_bytes
 
 
 @pytest.mark.parametrize(

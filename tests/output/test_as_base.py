@@ -103,7 +103,7 @@ def test_what_is_not_moved_keeps_its_values_and_the_rest_is_near(
 def test_the_bytes_depend_neither_on_threads_nor_on_memory(base: Path, tmp_path: Path) -> None:
     task, _ = _moved(base, tmp_path / "task", 3.0)
     written = _merge(base, task, tmp_path / "out")
-    again = _merge(base, task, tmp_path / "again", threads=3, memory="8MiB")
+    again = _merge(base, task, tmp_path / "again", threads=3, memory="32MiB")
     for name, tensor in again.items():
         assert _bits(tensor).equal(_bits(written[name])), name
 

@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on_with_other_threads_and_memory(
         with stopping_after(monkeypatch, number), pytest.raises(KeyboardInterrupt):
             outliermerge.run(spec(form, models), output=output, threads=1)
         assert not output.exists()
-        options = outliermerge.RunOptions(threads=3, memory="4MiB")
+        options = outliermerge.RunOptions(threads=3, memory="16MiB")
         done = outliermerge.run(spec(form, models), output=output, options=options)
         assert done.num_resumed == number
         assert_same(output, whole)
@@ -207,7 +207,7 @@ def test_a_stage_is_the_base_and_a_model_of_the_output(
     with stopping_after(monkeypatch, num_tensors(whole) // 2), pytest.raises(KeyboardInterrupt):
         outliermerge.run(final, output=output, threads=1)
     outliermerge.run(final, output=output)
-    outliermerge.run(final, output=tmp_path / "again" / "out", threads=1, memory="4MiB")
+    outliermerge.run(final, output=tmp_path / "again" / "out", threads=1, memory="16MiB")
     assert files_of(output) == files_of(tmp_path / "again" / "out")
     assert outliermerge.verify(output) == []
 

@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_with_other_threads_and_memory(
         with stopping_after(monkeypatch, number), pytest.raises(KeyboardInterrupt):
             outliermerge.run(spec, output=output, threads=1)
         assert not output.exists()
-        options = outliermerge.RunOptions(threads=3, memory="8MiB")
+        options = outliermerge.RunOptions(threads=3, memory="32MiB")
         done = outliermerge.run(spec, output=output, options=options)
         assert done.num_resumed == number
         assert_same(output, whole)

@@ -194,7 +194,7 @@ def test_the_bytes_are_the_same_on_all_ways_and_changes_are_found(
 ) -> None:
     spec = spec_of(folder, format="gguf", quantize="q8_0")
     outliermerge.run(spec, output=tmp_path / "out")
-    options = outliermerge.RunOptions(threads=3, memory="8MiB")
+    options = outliermerge.RunOptions(threads=3, memory="32MiB")
     outliermerge.run(spec, output=tmp_path / "threads", options=options)
     for part in (2, 1):
         run_part(outliermerge.plan(spec), tmp_path / "parts", part, 2)

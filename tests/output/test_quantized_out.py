@@ -217,7 +217,7 @@ def test_any_method_is_quantised_as_its_plain_output_would_be(
 @pytest.mark.sampled(6)
 def test_the_bytes_are_the_same_on_all_ways(output: Path, folder: Path, tmp_path: Path) -> None:
     spec = spec_of(folder, quantize=KINDS[output.name])
-    options = outliermerge.RunOptions(threads=3, memory="8MiB")
+    options = outliermerge.RunOptions(threads=3, memory="32MiB")
     outliermerge.run(spec, output=tmp_path / "threads", options=options)
     for part in (2, 1, 3):
         run_part(outliermerge.plan(spec), tmp_path / "parts", part, 3)

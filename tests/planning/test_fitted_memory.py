@@ -119,7 +119,6 @@ def test_the_free_memory_bounds_a_default(models, monkeypatch):
 
 
 def test_parts_may_compute_on_gpus_that_a_machine_without_torch_plans_for(models, monkeypatch):
-    monkeypatch.setattr(threads_module, "is_installed", lambda name: False)
     monkeypatch.setitem(sys.modules, "torch", None)
     options = outliermerge.RunOptions(device="cuda").in_parts(plan_of(models))
     assert options.device == "cuda"
