@@ -147,9 +147,7 @@ def test_the_gpu_with_the_least_free_memory_bounds_a_default(monkeypatch):
     for device, gib in (("cuda", 3), ("cuda:0", 4.5), ("cuda:1", 3), ("cpu", 4.5)):
         options = outliermerge.RunOptions(device=device).on_this_machine()
         assert options.most_memory_bytes == gib * 2**30, device
+    given = outliermerge.RunOptions(memory="1GB", device="cuda").on_this_machine()
+    assert given.most_memory_bytes == 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", None)
     assert outliermerge.RunOptions(device="cuda").in_parts().most_memory_bytes == 4.5 * 2**30
-    assert (
-        outliermerge.RunOptions(memory="1GB", device="cuda").on_this_machine().most_memory_bytes
-        == 0
-    )
