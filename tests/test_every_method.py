@@ -50,13 +50,14 @@ def test_a_tiny_family_goes_from_its_base_to_the_table(few, tmp_path):
         seed.score()
     found = json.loads(json.dumps(run.collected({"clip": seeds})))
     merges = found["families"]["clip"]["seeds"]["1"]["merges"]
-    assert set(merges) == {f"{n}-default" for n in COMPARED} | {
-        f"{n}-chosen" for n in COMPARED if n != "linear"
+    compared = (*COMPARED, *TinyClip().by_files)
+    assert set(merges) == {f"{n}-default" for n in compared} | {
+        f"{n}-chosen" for n in compared if n != "linear"
     }
     lines = run.table(found).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:9]] == [
+    assert [line.split(" | ")[0] for line in lines[2:12]] == [
         "| the base", "| the first task's model", "| the second task's model",
-        *(f"| `{name}`" for name in COMPARED),
+        *(f"| `{name}`" for name in compared),
     ]  # fmt: skip
     gains = [
         50 * np.subtract(merged["ties-default"]["scores"], merged["linear-default"]["scores"]).sum()
@@ -67,6 +68,18 @@ def test_a_tiny_family_goes_from_its_base_to_the_table(few, tmp_path):
     one = run.table(json.loads(json.dumps(run.collected({"clip": seeds[:1]})))).splitlines()[6]
     errors = found["families"]["clip"]["seeds"]["1"]["merges"]["ties-default"]["errors"]
     assert one.split(" | ")[2] == f"{gains[0]:+.1f} ± {50 * np.hypot(*errors):.1f}"
+
+    # What is scored anew replaces its row; the others stay, if the average scores the same.
+    earlier = json.loads(json.dumps(found))
+    own = earlier["families"]["clip"]["seeds"]["1"]["merges"]
+    own["ties-default"] = {"scores": [0, 0]}
+    for path in tmp_path.rglob("regmean-default.npz"):
+        path.unlink()
+    again = run.collected({"clip": seeds}, earlier)["families"]["clip"]["seeds"]["1"]["merges"]
+    assert again == merges
+    own["linear-default"] = {"scores": [0, 0], "errors": [0, 0]}
+    with pytest.raises(SystemExit, match="score all again"):
+        run.collected({"clip": seeds}, earlier)
 
 
 def test_statistics_are_those_of_images_with_their_captions(tmp_path):

@@ -234,7 +234,7 @@ def test_all_methods_that_merge_several_models_are_compared():
 def test_what_is_tried_of_a_method_is_within_its_budget_and_merges(method):
     drawn = torch.Generator().manual_seed(0)
     base, *models = ({"w": torch.rand(8, 8, generator=drawn)} for _ in range(3))
-    tried = candidates(method)
+    tried = candidates(SPACES[method])
     assert tried[0] == {} and len(tried) <= BUDGET
     assert len({json.dumps(one) for one in tried}) == len(tried)
     statistics_of = [

@@ -27,7 +27,8 @@ try:  # transformers 5 has the image processor without torchvision under its own
 except ImportError:
     from transformers import CLIPImageProcessor
 
-from evals.every_method.measuring import measured
+from evals.every_method.by_files import SPACES, Files
+from evals.every_method.measuring import measured, write_samples
 from evals.evidence import vision
 from evals.evidence.training import State, Statistics, copied, fit
 from evals.evidence.training import measured as measured_by_hand
@@ -78,6 +79,8 @@ class Clip:
     joint_steps: int = 0
     lower_is_better: bool = False
     factor: float = 100.0
+    # AdaMerging makes the entropy of texts or classes less, which this kind of model has not.
+    by_files: tuple[str, ...] = tuple(name for name in SPACES if name != "adamerging")
 
     def world(self, seed: int) -> ClipWorld:
         """Read the images."""
@@ -109,7 +112,15 @@ class ClipWorld(vision.VisionWorld):
 
         The command takes the likelihood of texts and classes, which this kind of model has not.
         """
-        model, (name, _, change) = self._model(state), task.partition("-")
+        model = self._model(state)
+        with tempfile.TemporaryDirectory() as folder:
+            found = measured(self._saved(state, Path(folder)), self._samples(task), ("gram",))
+        loss = self._loss_of(model, [task], f"measured {task}", 1)
+        return found | {"fisher": measured_by_hand(model, loss, self.recipe.num_measured)["fisher"]}
+
+    def _samples(self, task: str) -> list[dict[str, Any]]:
+        """Return training images with their captions."""
+        name, _, change = task.partition("-")
         images, labels, rows = self._rows(name, "training")
         samples = []
         for row in rows[: self.recipe.num_measured]:
@@ -117,12 +128,23 @@ class ClipWorld(vision.VisionWorld):
             file = io.BytesIO()
             Image.fromarray((pixels * 255).round().byte().numpy()).save(file, "PNG")
             samples.append({"text": CAPTIONS[name][labels[row]], "image": file.getvalue()})
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            _processor().save_pretrained(folder)
-            found = measured(Path(folder), samples, ("gram",))
-        loss = self._loss_of(model, [task], f"measured {task}", 1)
-        return found | {"fisher": measured_by_hand(model, loss, self.recipe.num_measured)["fisher"]}
+        return samples
+
+    def _saved(self, state: State, folder: Path) -> Path:
+        self._model(state).save_pretrained(folder)
+        _processor().save_pretrained(folder)
+        return folder
+
+    def files(self, base: State, states: Sequence[State], tasks: Sequence[str], at: Path) -> Files:
+        """Write the models, and samples of their tasks."""
+        models = [self._saved(state, at / f"model-{i}") for i, state in enumerate(states)]
+        data = [write_samples(at / task, self._samples(task)) for task in tasks]
+        return Files(self._saved(base, at / "base"), models, data)
+
+    def opened(self, folder: Path) -> State:
+        """Return the tensors of a merge."""
+        state: State = CLIPModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+        return state
 
     @torch.inference_mode()
     def score(self, base: dict[str, Any], state: State, task: str, split: str) -> np.ndarray:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import LlavaForConditionalGeneration
 
-from evals.every_method.measuring import measured
+from evals.every_method.by_files import SPACES, Files
+from evals.every_method.measuring import measured, write_samples
 from evals.evidence.training import State, Statistics
 from evals.family import data
 from evals.family.model import build_tokenizer, load, prompt
@@ -43,6 +44,7 @@ class Llava:
     joint_steps: int = 0
     lower_is_better: bool = False
     factor: float = 100.0
+    by_files: tuple[str, ...] = tuple(SPACES)
 
     def world(self, seed: int) -> LlavaWorld:
         """Open the models, which are of one seed."""
@@ -69,8 +71,12 @@ class LlavaWorld:
 
     def statistics(self, base: dict[str, Any], state: State, task: str) -> Statistics:
         """Measure a task's specialist on training questions."""
+        return measured(MODELS / SPECIALISTS[task], self._samples(task), ("gram", "fisher"))
+
+    def _samples(self, task: str) -> list[dict[str, Any]]:
+        """Return training questions with their answers."""
         tokenizer = build_tokenizer()
-        samples = [
+        return [
             {
                 "prompt": prompt(tokenizer, row["question"]),
                 "completion": f" {row['answer']}{tokenizer.eos_token}",
@@ -78,7 +84,16 @@ class LlavaWorld:
             }
             for row in self._questions(task, "training", self.recipe.num_measured)
         ]
-        return measured(MODELS / SPECIALISTS[task], samples, ("gram", "fisher"))
+
+    def files(self, base: State, states: Sequence[State], tasks: Sequence[str], at: Path) -> Files:
+        """Return the folders of the models, and write samples of their tasks."""
+        models = [MODELS / SPECIALISTS[task] for task in tasks]
+        data = [write_samples(at / task, self._samples(task)) for task in tasks]
+        return Files(MODELS / "base", models, data)
+
+    def opened(self, folder: Path) -> State:
+        """Return the tensors of a merge."""
+        return load(folder).state_dict()
 
     def score(self, base: dict[str, Any], state: State, task: str, split: str) -> np.ndarray:
         """Return which questions are answered right."""

@@ -15,20 +15,26 @@ from evals.evidence.training import Statistics
 from outliermerge.calibration.model import load
 
 
+def write_samples(place: Path, samples: Sequence[Mapping[str, Any]]) -> Path:
+    """Write samples, whose images are PNG bytes, into a new folder; return the list of them."""
+    place.mkdir()
+    lines = []
+    for number, sample in enumerate(samples):
+        (place / f"{number}.png").write_bytes(sample["image"])
+        own = {key: value for key, value in sample.items() if key != "image"}
+        lines.append(json.dumps(own | {"images": [f"{number}.png"]}) + "\n")
+    (place / "samples.jsonl").write_text("".join(lines))
+    return place / "samples.jsonl"
+
+
 def measured(
     folder: Path, samples: Sequence[Mapping[str, Any]], statistics: Sequence[str]
 ) -> Statistics:
     """Return the statistics of a model in a folder over samples, whose images are PNG bytes."""
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        lines = []
-        for number, sample in enumerate(samples):
-            (place / f"{number}.png").write_bytes(sample["image"])
-            own = {key: value for key, value in sample.items() if key != "image"}
-            lines.append(json.dumps(own | {"images": [f"{number}.png"]}) + "\n")
-        (place / "samples.jsonl").write_text("".join(lines))
-        output = place / "statistics"
-        outliermerge.measure(folder, place / "samples.jsonl", output=output, statistics=statistics)
+        output = Path(name) / "statistics"
+        file = write_samples(Path(name) / "samples", samples)
+        outliermerge.measure(folder, file, output=output, statistics=statistics)
         stored = {
             kind: {
                 k: v

@@ -72,9 +72,8 @@ def methods_of(num_models: int) -> list[str]:
     return [name for name in SPACES if num_models == 2 or name not in pairs]
 
 
-def candidates(method: str) -> list[dict[str, Any]]:
+def candidates(space: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the parameters that are tried for a method; the first are its defaults."""
-    space = SPACES[method]
     tried: list[dict[str, Any]] = [{}]
     for number in range(1, BUDGET if space else 1):
         drawn = {

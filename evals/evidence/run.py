@@ -133,7 +133,7 @@ class Seed:
             own = partial(merge, method)
             self._scored(f"{folder}/{method}-default", tasks, partial(self._default, own))
             if SPACES[method]:
-                chosen = partial(self._chosen, own, candidates(method), tasks)
+                chosen = partial(self._chosen, own, candidates(SPACES[method]), tasks)
                 self._scored(f"{folder}/{method}-chosen", tasks, chosen)
 
     def score_joint(self) -> None:
