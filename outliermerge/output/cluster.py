@@ -20,6 +20,7 @@ from outliermerge.errors import ArgumentError, OutlierMergeError, argument, show
 from outliermerge.output.journal import BusyError
 
 _POLL_SECONDS, _BUSY_SECONDS = 0.5, 5
+_END_SECONDS = 10  # for tasks that are cancelled
 _NUM_CPUS = 4  # of a task, where the threads are not given
 _MOST_LOSSES = 10
 _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # their names on a machine
@@ -123,6 +124,8 @@ class Tasks(Generic[Key]):
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
+            if pending:  # until they have ended, they would keep another run from their parts
+                ray.wait(list(pending), num_returns=len(pending), timeout=_END_SECONDS)
 
     def _start(self, key: Key) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
