@@ -6,7 +6,7 @@
 #include "method.h"
 
 static void add_scaled(const float *restrict row, float weight, int is_first, float *restrict sums,
-                         size_t num) {
+                       size_t num) {
     for (size_t i = 0; i < num; i++)
         sums[i] = is_first ? row[i] * weight : sums[i] + row[i] * weight;
 }
