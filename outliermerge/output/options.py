@@ -32,8 +32,8 @@ class RunOptions:
         memory: bytes for blocks and intermediate results, above what the interpreter takes; a
             number, or a text such as "2GiB". By default 1 GiB, and where a tensor needs more, as
             much as all threads need for it, up to three quarters of the free memory.
-        threads: worker threads; 0 for the processors at hand. Fewer run where the memory does not
-            do for so many.
+        threads: worker threads; 0 for the processors at hand. Fewer run where the memory is
+            not enough for so many.
         kernels: compute on the CPU by fused kernels; else by torch, as the methods are defined.
         overwrite: replace an existing output when the merge is done.
         fresh: start over instead of going on with a killed run.
