@@ -204,7 +204,7 @@ def table(found: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the CLIP")
-    parser.add_argument("--family", choices=FAMILIES, help="score only this one, and write no table")
+    parser.add_argument("--family", choices=FAMILIES, help="score only this, and write no table")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="and the average")
     parser.add_argument("--collect", action="store_true", help="only write what has been scored")
     options = parser.parse_args()
