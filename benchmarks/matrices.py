@@ -19,6 +19,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def shapes(size: str, num_layers: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def build(size: str, num_layers: int, num_models: int, folder: Path, kinds: set[str]) -> None:
+def build(
+    every: Mapping[str, tuple[int, ...]], num_models: int, folder: Path, kinds: set[str]
+) -> None:
     """Write a base, models whose changes are mostly of low rank, and statistics of each."""
     drawn = torch.Generator().manual_seed(0)
 
@@ -85,7 +88,6 @@ def build(size: str, num_layers: int, num_models: int, folder: Path, kinds: set[
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
         (folder / name / "config.json").write_text("{}")
 
-    every = shapes(size, num_layers)
     base = {name: 0.02 * normal(*shape) for name, shape in every.items()}
     write(base, "base")
     for number in range(num_models):
@@ -123,11 +125,11 @@ def spec(method: str, folder: Path, num_models: int) -> dict[str, Any]:
     return {"merge_method": method, **base, "models": models, "parameters": parameters}
 
 
-def distance(folder: Path) -> float:
-    """Return how far the outputs are from each other, over how far theirs is from the base."""
+def distance(folder: Path, one: str, other: str) -> float:
+    """Return how far two outputs are from each other, over how far the other is from the base."""
     with (
-        safe_open(folder / "outliermerge" / "model.safetensors", "pt") as own,
-        safe_open(folder / "FusionBench" / "model.safetensors", "pt") as theirs,
+        safe_open(folder / one / "model.safetensors", "pt") as own,
+        safe_open(folder / other / "model.safetensors", "pt") as theirs,
         safe_open(folder / "base" / "model.safetensors", "pt") as base,
     ):
         apart = change = 0.0
@@ -160,7 +162,7 @@ def main() -> None:
 
     try:
         kinds = {WITH_DATA[method] for method in methods if method in WITH_DATA}
-        build(options.size, num_layers, options.models, folder, kinds)
+        build(shapes(options.size, num_layers), options.models, folder, kinds)
         for method in methods:
             case: dict[str, Any] = {
                 "name": f"{method}-{options.size}-{num_layers}-{options.models}",
@@ -168,7 +170,9 @@ def main() -> None:
                 "of_layers": LAYERS[options.size], "models": options.models,
                 "load_before": now["load_before"], "date": now["date"],
             }  # fmt: skip
-            (folder / "spec.json").write_text(json.dumps(spec(method, folder, options.models)))
+            for tool in tools:
+                own = json.dumps(spec(method, folder, options.models))
+                (folder / f"{tool}.json").write_text(own)
             runs, failed = alternate(
                 {tool: [sys.executable, str(WORKER), tool, str(folder)] for tool in tools},
                 options.runs,
@@ -176,7 +180,7 @@ def main() -> None:
             )
             case |= {"runs": runs} | ({"failed": failed} if failed else {})
             if len(runs) == len(TOOLS):
-                case["relative_distance"] = distance(folder)
+                case["relative_distance"] = distance(folder, *TOOLS)
             save(report, case, options.results)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The table of methods beside FusionBench's, from the JSON that matrices.py writes."""
+"""Tables of methods on whole matrices, from what matrices.py and randomized.py write."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ def matrices(content: dict[str, Any]) -> str:
     """One row a method and size: reading, merging and writing, without imports."""
     rows = []
     for case in content["cases"]:
-        layers = f", {case['layers']} of {case['of_layers']} layers"
         times, less = (
             round_ratios(case, "FusionBench", "outliermerge", key)
             for key in ("work_seconds", "work_cpu_seconds")
         )
         rows.append(
             [
-                f"`{case['method']}`, {case['size']}{layers}",
+                _merge(case),
                 str(case["models"]),
                 number(median(case, "outliermerge", "work_seconds")),
                 _with_range(times),
@@ -34,14 +33,39 @@ def matrices(content: dict[str, Any]) -> str:
                 f"{case['relative_distance']:.0e}" if "relative_distance" in case else "–",
             ]
         )
+    return f"{markdown(HEADER, rows)}\n\n{_about(content)}"
+
+
+def randomized(content: dict[str, Any]) -> str:
+    """One row a method and size: exact, and from a random start."""
+    rows = []
+    for case in content["cases"]:
+        times = round_ratios(case, "exact", "randomized", "work_seconds")
+        rows.append(
+            [
+                _merge(case),
+                str(case["models"]),
+                *(number(median(case, tool, "work_seconds")) for tool in ("exact", "randomized")),
+                _with_range(times),
+                f"{case['relative_distance']:.2g}",
+            ]
+        )
+    header = ("merge", "models", "s", "s, `randomized`", "times as fast", "apart")
+    return f"{markdown(header, rows)}\n\n{_about(content)}"
+
+
+def _merge(case: dict[str, Any]) -> str:
+    return f"`{case['method']}`, {case['size']}, {case['layers']} of {case['of_layers']} layers"
+
+
+def _about(content: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     loads = [case["load_before"] for case in content["cases"]]
-    about = (
+    return (
         f"Medians of {content['runs']} alternating run(s) and their range on {content['date']}: "
         f"{content['hardware']}; {versions}; load before: {min(loads)} to {max(loads)}. "
         f"{content['note'][0].upper()}{content['note'][1:]}."
     )
-    return f"{markdown(HEADER, rows)}\n\n{about}"
 
 
 def _with_range(found: list[float]) -> str:

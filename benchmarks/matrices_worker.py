@@ -1,6 +1,8 @@
-"""One merge of matrices.py: by a tool, of the files in a folder, into a folder of the tool's name.
+"""One merge of matrices.py or randomized.py: by FOLDER/NAME.json, into FOLDER/NAME.
 
-    python benchmarks/matrices_worker.py {outliermerge,FusionBench} FOLDER
+    python benchmarks/matrices_worker.py NAME FOLDER
+
+By FusionBench if that is the name, else by this package.
 
 Prints what reading, merging and writing took, without the imports.
 """
@@ -25,17 +27,17 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-def ours(folder: Path, spec: dict[str, Any]) -> Callable[[], None]:
+def ours(output: Path, spec: dict[str, Any]) -> Callable[[], None]:
     """Return the merge by this package, as its command does it."""
     from outliermerge import run as merge
 
     def run() -> None:
-        merge(spec, output=folder / "outliermerge", threads=torch.get_num_threads(), memory="4GiB")
+        merge(spec, output=output, threads=torch.get_num_threads(), memory="4GiB")
 
     return run
 
 
-def theirs(folder: Path, spec: dict[str, Any]) -> Callable[[], None]:
+def theirs(output: Path, spec: dict[str, Any]) -> Callable[[], None]:
     """Return the merge by FusionBench's functions, which take all models in memory."""
     warnings.simplefilter("ignore")
     method, parameters = spec["merge_method"], spec["parameters"]
@@ -48,12 +50,12 @@ def theirs(folder: Path, spec: dict[str, Any]) -> Callable[[], None]:
             for one in spec["models"]
             for path in one.get("auxiliary", {}).values()
         ]
-        base = load_file(folder / "base" / "model.safetensors")
+        base = load_file(output.with_name("base") / "model.safetensors")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             merged = merge(base, models, more)
-        (folder / "FusionBench").mkdir()
+        output.mkdir()
         whole = {name: tensor.detach().contiguous() for name, tensor in merged.items()}
-        save_file(whole, folder / "FusionBench" / "model.safetensors", {"format": "pt"})
+        save_file(whole, output / "model.safetensors", {"format": "pt"})
 
     return run
 
@@ -168,9 +170,9 @@ FUSION_BENCH: dict[str, Callable[[], Callable[..., State]]] = {
 
 def main() -> None:
     tool, folder = sys.argv[1], Path(sys.argv[2])
-    spec = json.loads((folder / "spec.json").read_text())
+    spec = json.loads((folder / f"{tool}.json").read_text())
     shutil.rmtree(folder / tool, ignore_errors=True)
-    run = {"outliermerge": ours, "FusionBench": theirs}[tool](folder, spec)
+    run = (theirs if tool == "FusionBench" else ours)(folder / tool, spec)
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     took = {

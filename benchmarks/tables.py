@@ -18,7 +18,7 @@ from typing import Any
 
 from elsewhere_tables import elsewhere, elsewhere_output, headers, on_ray
 from markdown_tables import markdown, number
-from matrices_table import matrices
+from matrices_table import matrices, randomized
 from methods_table import PEAK, methods
 from report import START_UP, Report, fit, median, overheads, ratio, round_ratios
 
@@ -297,7 +297,7 @@ def sections(results: Path = RESULTS) -> dict[str, str]:
         found = {name: write(report) for name, write in SECTIONS.items()}
     others = (
         *(inputs, looking, elsewhere, elsewhere_output, on_ray, headers, kernels, methods),
-        matrices,
+        *(matrices, randomized),
     )
     for write in others:
         path = results / f"{write.__name__}.json"

@@ -86,6 +86,7 @@ def iso_cts(
     deltas: Tensor,
     *,
     common_space_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.8,
+    randomized: bool = False,
     weight: PerModel = 1.0,
     lambda_: float = 1.0,
 ) -> Tensor:
@@ -99,6 +100,8 @@ def iso_cts(
     Args:
         deltas: task vectors.
         common_space_fraction: share of the directions that are those of the sum.
+        randomized: find the directions of each task vector alone from a random start, where they
+            are few: faster for matrices with more rows than columns, and the last are less exact.
         weight: wᵢ.
         lambda_: λ, scales the merged task vector.
     """
@@ -123,9 +126,11 @@ def iso_cts(
             wide_RC = delta_RC.double() * own
             if num_rows > num_columns:
                 rest_RC = wide_RC - left_RL @ (left_RL.mT @ wide_RC)
-                own_RL, own_L, own_LC = decomposed(rest_RC, each, wide_RC)
+                own_RL, own_L, own_LC = decomposed(rest_RC, each, wide_RC, randomized=randomized)
             else:
-                own_NL, own_L, own_LC = decomposed(rest_RN.mT @ wide_RC, each, wide_RC)
+                own_NL, own_L, own_LC = decomposed(
+                    rest_RN.mT @ wide_RC, each, wide_RC, randomized=randomized
+                )
                 own_RL = rest_RN @ own_NL
             lefts.append(own_RL.mT)
             values.append(own_L)

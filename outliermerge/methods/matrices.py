@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from outliermerge import rng
 from outliermerge.methods.averaging import weighted_sum
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod, merge_method
@@ -30,6 +31,9 @@ _OF_TOKENS = re.compile(
 _EPSILON = 2.0**-52
 _PANELS = 4  # of the rows of a Gram matrix, whose other triangle is not computed
 _SMALL_COSINE = 1e-5
+_LEAST = 1e-300
+_OVERSAMPLING, _ITERATIONS = 10, 3  # of subspace iterations
+_MOST_SHARE = 1 / 4  # of the directions, beyond which subspace iterations are hardly faster
 
 
 def is_matrix(context: Context) -> bool:
@@ -109,7 +113,11 @@ def gram(matrix_RC: Tensor) -> Tensor:
 
 
 def decomposed(
-    matrix_RC: Tensor, num: int | None = None, whole: Tensor | None = None
+    matrix_RC: Tensor,
+    num: int | None = None,
+    whole: Tensor | None = None,
+    *,
+    randomized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return left singular vectors (R, L), singular values (L,) and right ones (L, C).
 
@@ -123,6 +131,8 @@ def decomposed(
         num: how many; K by default.
         whole: what the matrix is a remainder of, if it is one: then s₁ is the norm of this, so that
             rounding errors of a remainder of 0 are taken for 0.
+        randomized: find them by subspace iterations where they are at most a quarter of K.
+            The last are less exact.
 
     >>> import torch
     >>> left, values, right = decomposed(torch.tensor([[0.0, 3], [4, 0]], dtype=torch.float64))
@@ -130,8 +140,10 @@ def decomposed(
     ([4.0, 3.0], [[0.0, 3.0], [4.0, 0.0]])
     """
     if matrix_RC.shape[0] > matrix_RC.shape[1]:
-        right_CL, values_L, left_LR = decomposed(matrix_RC.mT, num, whole)
+        right_CL, values_L, left_LR = decomposed(matrix_RC.mT, num, whole, randomized=randomized)
         return left_LR.mT, values_L, right_CL.mT
+    if randomized and num is not None and num + _OVERSAMPLING <= len(matrix_RC) * _MOST_SHARE:
+        return _leading(matrix_RC, num, whole)
     _, vectors_RK = eigenvectors(gram(matrix_RC))
     return along(vectors_RK, matrix_RC, num, whole)
 
@@ -142,11 +154,44 @@ def along(
     """Return what `decomposed` does, given the eigenvectors, in ascending order."""
     size = vectors_RK.shape[1]
     left_RL = vectors_RK[:, size - (size if num is None else num) :].flip(1)
-    right_LC = left_RL.mT @ matrix_RC
+    return _measured(left_RL, left_RL.mT @ matrix_RC, whole)
+
+
+def _leading(matrix_RC: Tensor, num: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return about what `decomposed` does, for a wide matrix A, from a random start.
+
+    Subspace iterations with AAᵀ (Halko, Martinsson, Tropp 2011, arXiv 0909.4061) with 10 vectors
+    more than are wanted, the last one in float64; then the best vectors of the subspace. The start
+    is the same for all matrices of a shape.
+
+    Where values fall off quickly, or the rank is at most L + 10, the result is as exact as that of
+    the Gram matrix. The worst is noise, which has no leading directions: values were up to 10% too
+    small, and what all vectors leave of A up to 3% longer than what the true ones leave.
+    """
+    import torch
+
+    num_rows, num_tried, device = len(matrix_RC), num + _OVERSAMPLING, matrix_RC.device
+    start = rng.uniform(0, "singular vectors", 0, num_rows * num_tried, device)
+    basis_RT = (start - 0.5).view(num_rows, num_tried).float()
+    # Divided by its largest value, so that no square is too large or too small for float32.
+    unit_RC = matrix_RC / matrix_RC.abs().amax().clamp(min=_LEAST)
+    for tried_RC in (*[unit_RC.float()] * (_ITERATIONS - 1), unit_RC):
+        basis_RT = basis_RT.to(tried_RC.dtype)
+        basis_RT, _ = torch.linalg.qr(tried_RC @ (tried_RC.mT @ basis_RT))
+    projected_TC = basis_RT.mT @ matrix_RC
+    _, turned_TT = eigenvectors(gram(projected_TC))
+    best_TL = turned_TT[:, _OVERSAMPLING:].flip(1)
+    return _measured(basis_RT @ best_TL, best_TL.mT @ projected_TC, whole)
+
+
+def _measured(
+    left_RL: Tensor, right_LC: Tensor, whole: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return left vectors, and the lengths and directions of their products with the matrix."""
     # More exact than the roots of eigenvalues: the error is some ε of the largest, not √ε.
     values_L = right_LC.norm(dim=1)
     largest = values_L[:1] if whole is None else whole.norm()
-    is_zero_L = values_L <= largest * math.sqrt(size * _EPSILON)
+    is_zero_L = values_L <= largest * math.sqrt(len(left_RL) * _EPSILON)
     right_LC /= values_L.masked_fill(is_zero_L, 1)[:, None]
     return (
         left_RL.masked_fill(is_zero_L, 0),
