@@ -72,6 +72,16 @@ def test_a_matrix_of_low_rank_is_exact_whatever_its_length(size):
     assert torch.allclose(found[1] / size, torch.linalg.svdvals(matrix / size)[:9], rtol=1e-12)
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same():
+    matrix = with_values(SPECTRA["falls slowly"], 120, 200)
+    found = decomposed(matrix.cuda(), 7, randomized=True)
+    left, values, right = decomposed(matrix, 7, randomized=True)
+    assert torch.allclose(found[1].cpu(), values, rtol=1e-5, atol=0)
+    products = ((found[0] * found[1]) @ found[2]).cpu(), (left * values) @ right
+    assert torch.allclose(*products, rtol=0, atol=1e-4)
+
+
 def test_directions_of_0_and_broken_values():
     left, values, right = decomposed(torch.zeros(90, 80).double(), 3, randomized=True)
     assert not values.any() and not left.any() and not right.any()
