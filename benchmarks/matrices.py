@@ -125,6 +125,17 @@ def spec(method: str, folder: Path, num_models: int) -> dict[str, Any]:
     return {"merge_method": method, **base, "models": models, "parameters": parameters}
 
 
+def described(
+    method: str, size: str, num_layers: int, num_models: int, now: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a case is of, and when."""
+    return {
+        "name": f"{method}-{size}-{num_layers}-{num_models}",
+        "method": method, "size": size, "layers": num_layers, "of_layers": LAYERS[size],
+        "models": num_models, "load_before": now["load_before"], "date": now["date"],
+    }  # fmt: skip
+
+
 def distance(folder: Path, one: str, other: str) -> float:
     """Return how far two outputs are from each other, over how far the other is from the base."""
     with (
@@ -164,12 +175,7 @@ def main() -> None:
         kinds = {WITH_DATA[method] for method in methods if method in WITH_DATA}
         build(shapes(options.size, num_layers), options.models, folder, kinds)
         for method in methods:
-            case: dict[str, Any] = {
-                "name": f"{method}-{options.size}-{num_layers}-{options.models}",
-                "method": method, "size": options.size, "layers": num_layers,
-                "of_layers": LAYERS[options.size], "models": options.models,
-                "load_before": now["load_before"], "date": now["date"],
-            }  # fmt: skip
+            case = described(method, options.size, num_layers, options.models, now)
             for tool in tools:
                 own = json.dumps(spec(method, folder, options.models))
                 (folder / f"{tool}.json").write_text(own)

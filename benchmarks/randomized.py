@@ -16,10 +16,9 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from matrices import LAYERS, WORKER, build, distance, shapes, spec
+from matrices import LAYERS, WORKER, build, described, distance, shapes, spec
 from measure import alternate, progress, surroundings
 from suite import opened, save
 
@@ -51,12 +50,7 @@ def main() -> None:
         every = {name: shape for name, shape in every.items() if "embed_tokens" not in name}
         build(every, options.models, folder, set())
         for method in options.only or METHODS:
-            case: dict[str, Any] = {
-                "name": f"{method}-{options.size}-{options.layers}-{options.models}",
-                "method": method, "size": options.size, "layers": options.layers,
-                "of_layers": LAYERS[options.size], "models": options.models,
-                "load_before": now["load_before"], "date": now["date"],
-            }  # fmt: skip
+            case = described(method, options.size, options.layers, options.models, now)
             for tool, parameters in TOOLS.items():
                 own = spec(method, folder, options.models) | {"parameters": parameters}
                 (folder / f"{tool}.json").write_text(json.dumps(own))

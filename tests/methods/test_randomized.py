@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import load_folder, save_tensors
 from torch import Tensor
 
 import outliermerge
@@ -125,6 +126,23 @@ def test_they_depend_on_values_alone(method):
     alone = merged(method, [tau[1] for tau in taus], randomized=True, name="other")
     if method != "resmerge":  # there the name tells which β
         assert torch.allclose(first[1], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_of_files_do_not_depend_on_threads(method, tmp_path):
+    for number in range(9):
+        tensors = {f"w{each}": noise(130, 120, seed=9 * each + number).float() for each in range(3)}
+        save_tensors(tmp_path / f"m{number}", tensors)
+    spec = {
+        "merge_method": method,
+        "base_model": str(tmp_path / "m0"),
+        "models": [{"model": str(tmp_path / f"m{number}")} for number in range(1, 9)],
+        "parameters": {"randomized": True},
+    }
+    for threads in (1, 3):
+        outliermerge.run(spec, output=tmp_path / f"by-{threads}", threads=threads)
+    first, second = (load_folder(tmp_path / f"by-{threads}") for threads in (1, 3))
+    assert all(first[name].equal(second[name]) for name in first)
 
 
 @pytest.mark.parametrize("method", ["tsv_m", "iso_cts"])
