@@ -23,7 +23,8 @@ from outliermerge.cli.parts import (
     run_options,
     say,
 )
-from outliermerge.cli.plan_tables import Took, print_plan
+from outliermerge.cli.plan_facts import Took
+from outliermerge.cli.plan_tables import print_plan
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import check_loading
 from outliermerge.errors import OutlierMergeError
