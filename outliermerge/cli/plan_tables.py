@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
@@ -100,6 +101,15 @@ def _print_models(console: Console, plan: Plan) -> None:
             "computed" if entry.made_of else _counts(meta.dtype.name for meta in metas),
             made if entry.made_of else _format(entry),
         )
+        for beside in entry.beside:
+            table.add_row(
+                beside.reference,
+                f"its {beside.kind}",
+                str(len(beside.stored)),
+                human_bytes(sum(meta.num_bytes for meta in beside.stored)),
+                _counts(meta.dtype.name for meta in beside.stored),
+                _files({meta.path for meta in beside.stored}),
+            )
         if entry.reference not in opened:
             rows += [(model, f"in {entry.reference}") for model in entry.made_of]
             opened.add(entry.reference)
@@ -310,5 +320,8 @@ def _counts(names: Iterable[str]) -> str:
 
 
 def _format(entry: Input) -> str:
-    files = entry.checkpoint.weight_files
-    return f"{len(files)} × {files[0].path.suffix.lstrip('.')}"
+    return _files({stamp.path for stamp in entry.checkpoint.weight_files})
+
+
+def _files(paths: Collection[Path]) -> str:
+    return f"{len(paths)} × {min(paths).suffix.lstrip('.')}"
