@@ -40,10 +40,11 @@ def loads_in_words(verdict: Verdict, took: Took) -> str:
 def time_in_words(estimate: Estimate, took: Took) -> str:
     """Return the time that a run will take, of what, and what that rests on."""
     merging = estimate.seconds
+    then = f", then {estimate.then} for a time that is not known" if estimate.then else ""
     if merging is None:
         least = took.planning + took.load_check
         more = f", at least {duration(least)}" if least >= 1 else ""
-        return f"not known{more} ({estimate.basis})"
+        return f"not known{more}{then} ({estimate.basis})"
     parts = [f"{duration(took.planning)} to plan"] if took.planning >= 1 else []
     parts.append(f"{duration(merging)} to merge")
     if took.load_check:
@@ -53,7 +54,7 @@ def time_in_words(estimate: Estimate, took: Took) -> str:
         words = f"{duration(took.with_merge(merging))}: {words}"
     else:
         words = duration(merging)
-    return f"{'' if words.startswith('less') else 'about '}{words} ({estimate.basis})"
+    return f"{'' if words.startswith('less') else 'about '}{words}{then} ({estimate.basis})"
 
 
 def duration(seconds: float) -> str:

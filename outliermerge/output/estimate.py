@@ -49,6 +49,7 @@ class Estimate:
         program_bytes: memory of the interpreter and of what it has imported and planned; None if
             the system does not tell.
         block_bytes: memory of all threads and of the blocks that they work on.
+        then: what a run does after that, in a time that is not known.
     """
 
     seconds: float | None
@@ -56,6 +57,7 @@ class Estimate:
     basis: str
     program_bytes: int | None
     block_bytes: int
+    then: str = ""
 
     def __repr__(self) -> str:
         speed = self.bytes_per_second
@@ -63,6 +65,7 @@ class Estimate:
         return short_repr(
             self,
             f"about {self.seconds:.3g} s" if self.seconds is not None else "time not known",
+            f"then {self.then}" if self.then else "",
             f"{human_bytes(speed)}/s, {self.basis}" if speed is not None else self.basis,
             "memory of the process not known"
             if memory is None
@@ -80,6 +83,7 @@ class Estimate:
             "seconds": None if self.seconds is None else round(self.seconds, 2),
             "bytes_per_second": self.bytes_per_second and round(self.bytes_per_second),
             "basis": self.basis,
+            **({"then": self.then} if self.then else {}),
             "process_memory_bytes": self.process_bytes,
             "program_memory_bytes": self.program_bytes,
             "block_memory_bytes": self.block_bytes,
@@ -124,7 +128,8 @@ def estimate_run(plan: Plan, options: Options, output: Final | None) -> Estimate
         except (OSError, OutlierMergeError) as error:
             basis = f"the trial failed: {shown(str(error).partition(chr(10))[0])}"
     seconds = None if speed is None else FIXED_SECONDS + plan.work_bytes / speed
-    return Estimate(seconds, speed, basis, program, blocks)
+    then = "llama.cpp's converter" if plan.conversion is not None else ""
+    return Estimate(seconds, speed, basis, program, blocks, then)
 
 
 def _tried(plan: Plan, options: Options, folder: Path) -> tuple[float | None, str]:
