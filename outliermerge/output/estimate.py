@@ -32,6 +32,7 @@ _LEAST_SHARE = 0.5  # of the work, below which the trial tells nothing of the re
 _ALIGNMENT = 4096
 # Measured on Linux: what importing torch takes, and what a thread takes besides its blocks.
 _TORCH_BYTES, _THREAD_BYTES = 218 * 10**6, 800_000
+_NUMPY_BYTES = 12_500_000  # of importing it, to count values in bins; torch imports it, too
 _RUN_BYTES = 2_000_000  # what a run takes besides what its plan has taken
 # Measured: the files beside the weights, checksums of them, the names.
 FIXED_SECONDS = 0.1
@@ -110,6 +111,8 @@ def estimate_run(plan: Plan, options: Options, output: Final | None) -> Estimate
     program = resident_bytes()
     if program is not None and needs_torch and not has_torch:
         program += _TORCH_BYTES
+    elif program is not None and "numpy" not in sys.modules and plan.counter_bytes(options):
+        program += _NUMPY_BYTES
     blocks = plan.block_memory_bytes(options) + options.threads * _THREAD_BYTES + _RUN_BYTES
     if isinstance(output, str):
         blocks += min(plan.num_written_bytes, (NUM_AT_ONCE + 1) * PART_BYTES)

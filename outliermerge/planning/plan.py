@@ -19,6 +19,7 @@ from outliermerge.planning.blocks import (
     block_elements,
     bytes_beside,
     bytes_per_element,
+    counter_bytes,
     least_bytes,
     num_by_torch,
     too_little,
@@ -229,7 +230,7 @@ class Plan:
         for job in self._unlike:
             block = min(block_elements(job, options), job.num_elements)
             peak = max(peak, block * bytes_per_element(job, options) + bytes_beside(job))
-        return options.threads * peak + self._held_bytes(options)
+        return options.threads * peak + self._held_bytes(options) + self.counter_bytes(options)
 
     def _held_bytes(self, options: Options) -> int:
         """Return the memory that is held while tensors are merged.
@@ -247,6 +248,10 @@ class Plan:
             held = max(held, sum(one.num_bytes for one in whole))
         return min(options.memory_bytes, options.threads * held) + 2 * kept
 
+    def counter_bytes(self, options: Options) -> int:
+        """Return the memory in which statistics count values, to find those of given ranks."""
+        return max((counter_bytes(job, options) for job in self._unlike), default=0)
+
     def block_memory_bytes(self, options: Options) -> int:
         """Return the memory that blocks take as a rule; `peak_memory_bytes` is the most.
 
@@ -262,7 +267,7 @@ class Plan:
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
             peak = max(peak, whole + bytes_beside(job))
-        return options.threads * peak + self._held_bytes(options)
+        return options.threads * peak + self._held_bytes(options) + self.counter_bytes(options)
 
     def as_dict(self, *, tensors: bool = True) -> dict[str, Any]:
         """Return the plan as JSON values, with an entry for each tensor if `tensors`."""
