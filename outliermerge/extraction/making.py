@@ -25,7 +25,7 @@ from outliermerge.extraction.factors import Change, Factors, factored, most_byte
 from outliermerge.extraction.holding import EXPERTS, FACTORED, PARAMETERS, How, Model, is_of_tokens
 from outliermerge.extraction.low_rank import in_core_space, is_unchanged, joined, low_rank_of
 from outliermerge.extraction.merges import reader_of_merges
-from outliermerge.extraction.pair import Pairs
+from outliermerge.extraction.pair import Pairs, lacks_parts
 from outliermerge.extraction.reading import difference, in_order
 from outliermerge.extraction.report import Extraction, Settings
 from outliermerge.extraction.written import AdapterFolder
@@ -264,6 +264,11 @@ class Making:
     def _why_not(self, name: str) -> str:
         base, model = self.tensors[name]
         if base.shape != model.shape:
+            names = [{meta.name for meta in source.stored} for source in (base, model)]
+            if why := lacks_parts(self.pairs.base, model, names[0]) or lacks_parts(
+                self.pairs.model, base, names[1]
+            ):
+                return why
             return f"is {list(base.shape)} in the base, and {list(model.shape)}"
         if not (base.dtype.is_float and model.dtype.is_float):
             return f"is {model.dtype.name}"
