@@ -18,6 +18,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing, shown
 from outliermerge.execution.threads import torch_threads
+from outliermerge.extraction.card import adapter_card
 from outliermerge.extraction.classes import Classes
 from outliermerge.extraction.contents import Contents, is_factored
 from outliermerge.extraction.experts import Experts
@@ -216,6 +217,7 @@ class Making:
                 num_bytes=folder.num_bytes,
                 seconds=time.perf_counter() - started,
             )
+            card = adapter_card(self.pairs, result)
             if watched is not None:
                 try:
                     watched.check()
@@ -224,7 +226,7 @@ class Making:
                     raise
             report = result.as_dict()
             del report["seconds"]  # so that the same command writes the same bytes
-            folder.finish(report, self._tokenizer())
+            folder.finish(report, card, self._tokenizer())
         return result
 
     def _compare(

@@ -49,6 +49,7 @@ class Pairs:
         twins: what must be equal: the message if it is not, the name, the two tensors.
         notes: notes for the user.
         excluded: the tensors that stay the base's, as they were not chosen.
+        recipe: of a merge its spec, as YAML.
     """
 
     base: Input
@@ -60,6 +61,7 @@ class Pairs:
     twins: tuple[tuple[str, str, Pair], ...]
     notes: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    recipe: str = ""
 
     def with_twins(self, twins: Iterable[tuple[str, str, Pair]], notes: Iterable[str]) -> Pairs:
         """Return the same with more that must be equal, and notes."""
