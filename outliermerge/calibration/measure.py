@@ -336,6 +336,9 @@ def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
                 f"Measure the same to go on, or {_TO_START_OVER}."
             )
         return
+    if (partial / STATISTICS_NAME).exists():  # killed just before it got its name
+        with naming(partial, "removed"):
+            shutil.rmtree(partial)
     with naming(partial, "made"):
         partial.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(identity).encode())

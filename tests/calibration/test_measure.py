@@ -222,6 +222,15 @@ def test_a_measurement_without_any_sums_leaves_nothing_in_the_way(loaded, place,
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_statistics_that_a_kill_left_without_their_name_are_not_mixed_with_others(loaded, tmp_path):
+    out = tmp_path / "s"
+    measure(loaded, SAMPLES, output=out, wanted=Wanted(("mean",)))
+    out.rename(tmp_path / "s.partial")
+    measure(loaded, SAMPLES, output=out, wanted=Wanted(("gram",)))
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert {path.name for path in out.iterdir()} == {"gram", "statistics.json"}
+
+
 def test_sums_of_another_division_are_not_gone_on_with(loaded, tmp_path):
     """The memory divides modules into as many passes, but others: the sums lack some of them."""
     units, divisions = units_of(loaded, ("gram",)), dict[int, dict[tuple[int, ...], int]]()
