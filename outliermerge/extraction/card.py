@@ -77,7 +77,8 @@ def _facts(made: Extraction) -> Iterator[str]:
             yield f"{name}: {as_code(json.dumps(value))}"
     ranks = [tensor.rank for tensor in made.tensors if tensor.rank]
     if ranks:
-        yield f"{len(ranks)} matrices are factored, with ranks from {min(ranks)} to {max(ranks)}"
+        ends = " to ".join(dict.fromkeys([str(min(ranks)), str(max(ranks))]))
+        yield f"{len(ranks)} tensors are factored, at rank {ends}"
     if num_whole := len(made.tensors) - len(ranks):
         yield f"{num_whole} tensors are saved whole"
     yield f"of all changes, {made.error:.2g} is lost: ‖W' − W − BA‖ / ‖W' − W‖"

@@ -61,6 +61,7 @@ def test_the_card_says_of_what_the_adapter_is_and_how_it_was_made(
     assert f"- [`{place}`](https://huggingface.co/org/base) (base), licence `mit`" in text
     assert "- `one`, licence `mit`" in text
     assert '- rank: `4`\n- dtype: `"bfloat16"`\n' in text
+    assert re.search(r"- \d+ tensors are factored, at rank 4\n- \d+ tensors are saved whole", text)
     assert f"- of all changes, {made.error:.2g} is lost" in text
     # The code that it shows, run as it is.
     (code,) = re.findall("```python\n(.*?)```", text, re.DOTALL)
