@@ -26,7 +26,8 @@ from outliermerge.calibration.sums import Fisher, Summing, Sums, Unit, in_groups
 from outliermerge.checkpoint.checksum import source_checksum
 from outliermerge.checkpoint.measured import KINDS, STATISTICS_FORMAT, STATISTICS_NAME
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import OutlierMergeError, argument, shown
+from outliermerge.output.folder import differing
 from outliermerge.output.journal import Journal, process
 from outliermerge.output.names import partial_folder
 from outliermerge.storage.failures import naming
@@ -35,6 +36,7 @@ from outliermerge.storage.files import load_json, write_whole
 _STATE = "sums.safetensors"
 _IDENTITY = "measures.json"
 _MADE = {"what is made": "statistics"}  # of the journal, whose lock keeps others away
+_TO_START_OVER = f"use {argument('fresh', True)} to start over"
 DEFINITIONS = {
     "gram": "mean over the tokens of xxᵀ, x the inputs of a linear layer, or over those that are "
     "routed to an expert; float32 of sums in float64 of each sample's product in float32",
@@ -203,7 +205,7 @@ class Partial:
                 sums = Sums(tensors, facts["num_samples"], facts["num_tokens"])
         except (SafetensorError, AttributeError, KeyError, ValueError) as error:
             raise OutlierMergeError(
-                f"{path}: is damaged: {shown(error)}. Remove {self._folder} to begin anew."
+                f"{path}: is damaged: {shown(error)}. To go on, {_TO_START_OVER}."
             ) from error
         return sums
 
@@ -326,22 +328,31 @@ def _facts(
 def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
     """Make the folder in which the statistics are made, or see that it holds part of the same."""
     path = partial / _IDENTITY
-    if path.exists():
+    if path.exists() and _is_begun(partial):
         known = load_json(path)
-        others = [
-            key
-            for key, value in identity.items()
-            if not isinstance(known, dict) or known.get(key) != value
-        ]
-        if others:
+        if changed := _changed(known if isinstance(known, dict) else {}, identity):
             raise OutlierMergeError(
-                f"{partial}: holds part of other statistics (another {', '.join(others)}). Remove "
-                "it to begin anew."
+                f"{partial}: was begun by another measurement: {', '.join(changed)} changed since. "
+                f"Measure the same to go on, or {_TO_START_OVER}."
             )
         return
+    if (partial / STATISTICS_NAME).exists():  # killed just before it got its name
+        with naming(partial, "removed"):
+            shutil.rmtree(partial)
     with naming(partial, "made"):
         partial.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(identity).encode())
+
+
+def _is_begun(partial: Path) -> bool:
+    """Tell whether there is anything to go on from."""
+    return (partial / _STATE).exists() or any(partial.glob("group-*.json"))
+
+
+def _changed(known: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs from what was begun; of other settings, not what follows from them."""
+    settings, old = now["settings"], known.get("settings")
+    return differing(old if isinstance(old, dict) else {}, settings) or differing(known, now)
 
 
 def _refuse_taken(output: Path) -> None:
@@ -352,6 +363,8 @@ def _refuse_taken(output: Path) -> None:
 @contextmanager
 def held(output: Path, *, fresh: bool) -> Iterator[None]:
     """Let no other process write statistics, a merge or an adapter to the same folder.
+
+    What an error leaves without any sums is removed.
 
     Args:
         output: the folder.
@@ -375,6 +388,8 @@ def held(output: Path, *, fresh: bool) -> Iterator[None]:
                 shutil.rmtree(partial)
             yield
         finally:
+            if (partial / _IDENTITY).exists() and not _is_begun(partial):
+                shutil.rmtree(partial)
             journal.clear()  # so that its file goes with it
     finally:
         journal.close()

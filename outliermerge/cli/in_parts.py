@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import count, print_json, print_notes, run_options, say
-from outliermerge.cli.plan_tables import duration
+from outliermerge.cli.plan_facts import duration
 from outliermerge.cli.tables import NamedTable, print_words
 from outliermerge.cli.terminal import MergeBar, open_console
 from outliermerge.errors import ArgumentError, argument, quoted

@@ -23,7 +23,8 @@ from outliermerge.cli.parts import (
     run_options,
     say,
 )
-from outliermerge.cli.plan_tables import Took, print_plan
+from outliermerge.cli.plan_facts import Took
+from outliermerge.cli.plan_tables import print_plan
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import check_loading
 from outliermerge.errors import OutlierMergeError
@@ -133,10 +134,11 @@ def show_plan(
     print_notes(planned.notes, options)
     if why_not:
         say(f"warning: a run here would fail: {why_not}", file=sys.stderr)
-    if is_here and planned.num_written_bytes > free:
+    needed = planned.num_written_bytes
+    needed += planned.conversion.num_bytes if planned.conversion else 0
+    if is_here and needed > free:
         print(
-            f"warning: the disk has {free:,} bytes free, the output needs "
-            f"{planned.num_written_bytes:,}",
+            f"warning: the disk has {free:,} bytes free, the output needs {needed:,}",
             file=sys.stderr,
         )
 
@@ -189,7 +191,7 @@ def _as_json(
         "write_bytes": plan.num_written_bytes,
         "free_disk_bytes": free_bytes,
         "seconds": None
-        if estimate.seconds is None
+        if estimate.seconds is None or estimate.then
         else round(took.with_merge(estimate.seconds), 2),
         "planning_seconds": round(took.planning, 2),
         "load_check_seconds": round(took.load_check, 2),

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
+from outliermerge.cli.plan_facts import (
+    Took,
+    ids_in_words,
+    loads_in_words,
+    memory_in_words,
+    proof_in_words,
+    time_in_words,
+)
 from outliermerge.cli.tables import (
     NamedTable,
     letters_of,
@@ -30,21 +38,6 @@ if TYPE_CHECKING:
 
 _MAX_LAYER_ROWS = 60
 _BESIDE_NAMES = 55  # the width of a row of layers without the name of their model
-_KNOWN = "a run takes this answer over"
-_ASKED = "a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out"
-
-
-class Took(NamedTuple):
-    """Seconds that a plan took and that a run will take again."""
-
-    planning: float
-    load_check: float = 0.0
-    asked: float = 0.0
-    """What this plan waited for an answer that a run takes over."""
-
-    def with_merge(self, seconds: float) -> float:
-        """Return the time of a whole run: the output is checked while it is merged."""
-        return self.planning + max(seconds, self.load_check)
 
 
 def print_plan(
@@ -77,13 +70,13 @@ def print_plan(
             f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s)"
             + ("" if isinstance(output, str) else f"; {human_bytes(free_bytes)} free"),
         ),
-        ("time", _time(estimate, took)),
-        ("peak memory", _memory(estimate, options)),
-        ("parameters", _proof(plan)),
+        ("time", time_in_words(estimate, took)),
+        ("peak memory", memory_in_words(estimate, options)),
+        ("parameters", proof_in_words(plan)),
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
-        *([("ids", _ids(plan))] if plan.ids else []),
+        *([("ids", ids_in_words(plan))] if plan.ids else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
-        *([("loads in", _loads_in(verdict, took))] if verdict and verdict.by else []),
+        *([("loads in", loads_in_words(verdict, took))] if verdict and verdict.by else []),
         ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
     ]
     print_facts(console, [*facts, *further])
@@ -108,6 +101,15 @@ def _print_models(console: Console, plan: Plan) -> None:
             "computed" if entry.made_of else _counts(meta.dtype.name for meta in metas),
             made if entry.made_of else _format(entry),
         )
+        for beside in entry.beside:
+            table.add_row(
+                beside.reference,
+                f"its {beside.kind}",
+                str(len(beside.stored)),
+                human_bytes(sum(meta.num_bytes for meta in beside.stored)),
+                _counts(meta.dtype.name for meta in beside.stored),
+                _files({meta.path for meta in beside.stored}),
+            )
         if entry.reference not in opened:
             rows += [(model, f"in {entry.reference}") for model in entry.made_of]
             opened.add(entry.reference)
@@ -308,82 +310,6 @@ def _print_tensors(console: Console, plan: Plan) -> None:
     table.print(console)
 
 
-def _loads_in(verdict: Verdict, took: Took) -> str:
-    """Return what loads the output, how long it took to ask, and what that is to a run."""
-    seconds = took.asked or took.load_check
-    asked = "checked before" if verdict.was_known else f"checked in {duration(seconds)}"
-    return f"{'; '.join(verdict.by)} ({asked}; {_KNOWN if verdict.is_kept else _ASKED})"
-
-
-def _time(estimate: Estimate, took: Took) -> str:
-    """Return the time that a run will take, of what, and what that rests on."""
-    merging = estimate.seconds
-    if merging is None:
-        least = took.planning + took.load_check
-        more = f", at least {duration(least)}" if least >= 1 else ""
-        return f"not known{more} ({estimate.basis})"
-    parts = [f"{duration(took.planning)} to plan"] if took.planning >= 1 else []
-    parts.append(f"{duration(merging)} to merge")
-    if took.load_check:
-        parts[-1] += f" and meanwhile {duration(took.load_check)} to check that it loads"
-    words = ", ".join(parts)
-    if took.load_check or len(parts) > 1:
-        words = f"{duration(took.with_merge(merging))}: {words}"
-    else:
-        words = duration(merging)
-    return f"{'' if words.startswith('less') else 'about '}{words} ({estimate.basis})"
-
-
-def duration(seconds: float) -> str:
-    """Return in words how long something takes."""
-    if seconds < 1:
-        return "less than a second"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    if minutes:
-        return f"{minutes} min" + (f" {rest} s" if minutes < 10 else "")
-    return f"{seconds:.2g} s"
-
-
-def _memory(estimate: Estimate, options: Options) -> str:
-    """Return the memory that the whole process will take."""
-    plural = "" if options.threads == 1 else "s"
-    blocks = f"{human_bytes(estimate.block_bytes)} for {options.threads} thread{plural}, device "
-    blocks += options.device
-    if estimate.process_bytes is None or estimate.program_bytes is None:
-        return f"about {blocks}, besides the program"
-    whole, program = human_bytes(estimate.process_bytes), human_bytes(estimate.program_bytes)
-    return f"about {whole}: {program} for the program, {blocks}"
-
-
-def _proof(plan: Plan) -> str:
-    """Return in words how the output's tensors compare with the reference's."""
-    proof, reference = plan.proof, plan.inputs[0].reference
-    parts = [
-        f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in (
-            ("added", proof.added), ("left out", proof.removed), ("other rows in", proof.resized)
-        )
-        if names
-    ]  # fmt: skip
-    same = "those of the slices" if plan.stacked else f"those of {reference}"
-    same += f", but {'; '.join(parts)}" if parts else ""
-    difference = plan.num_parameters - proof.num_reference_parameters
-    change = f" ({difference:+,})" if difference else ""
-    return f"{plan.num_parameters:,}{change} in {len(plan.jobs)} tensors, {same}"
-
-
-def _ids(plan: Plan) -> str:
-    """Return the token ids in configs that change, by file and key."""
-    return "; ".join(
-        f"{file}: {'.'.join(keys)} {shown(json.dumps(value))}"
-        for file, values in plan.ids.items()
-        for keys, value in values.items()
-    )
-
-
 def _role(plan: Plan, entry: Input) -> str:
     merged = any(model.reference == entry.reference for model in plan.spec.models)
     return "base, model" if entry.role == "base" and merged else entry.role
@@ -394,5 +320,8 @@ def _counts(names: Iterable[str]) -> str:
 
 
 def _format(entry: Input) -> str:
-    files = entry.checkpoint.weight_files
-    return f"{len(files)} × {files[0].path.suffix.lstrip('.')}"
+    return _files({stamp.path for stamp in entry.checkpoint.weight_files})
+
+
+def _files(paths: Collection[Path]) -> str:
+    return f"{len(paths)} × {min(paths).suffix.lstrip('.')}"

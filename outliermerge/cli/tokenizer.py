@@ -18,7 +18,7 @@ from outliermerge.cli.parts import (
     run_options,
 )
 from outliermerge.cli.plan import show_plan
-from outliermerge.cli.plan_tables import Took
+from outliermerge.cli.plan_facts import Took
 from outliermerge.cli.specs import named_output
 from outliermerge.cli.tables import NamedTable, print_words
 from outliermerge.cli.terminal import MergeBar, open_console, print_result, reading_bar

@@ -224,14 +224,16 @@ class Contents:
         tied &= {*self._whole, *self._ranks}
         # peft sees embeddings of other names by their head.
         is_named = any(name.endswith(_TIED_BY_PEFT) for name in tied)
+        # What the model lacks, peft finds in the base: the names of targets must not mean it, too.
+        in_base = self.pairs.base.checkpoint.tensors
         return peft_config(
             base=self.pairs.base.reference,
             architectures=self.pairs.architectures,
             ranks=self._ranks,
             parameters=self._parameters,
             whole=[*self._whole, *(() if is_named else self._heads_apart)],
-            all_modules=self.model.all_modules,
-            all_tensors=self.tensors,
+            all_modules=self.model.all_modules | {name.rpartition(".")[0] for name in in_base},
+            all_tensors={**self.tensors, **in_base},
             has_biases=self._has_biases,
             is_tied=bool(tied),
             is_transposed="transposed" in {self.hows.get(f"{m}.weight") for m in self._ranks},

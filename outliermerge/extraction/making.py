@@ -18,6 +18,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing, shown
 from outliermerge.execution.threads import torch_threads
+from outliermerge.extraction.card import adapter_card
 from outliermerge.extraction.classes import Classes
 from outliermerge.extraction.contents import Contents, is_factored
 from outliermerge.extraction.experts import Experts
@@ -25,7 +26,7 @@ from outliermerge.extraction.factors import Change, Factors, factored, most_byte
 from outliermerge.extraction.holding import EXPERTS, FACTORED, PARAMETERS, How, Model, is_of_tokens
 from outliermerge.extraction.low_rank import in_core_space, is_unchanged, joined, low_rank_of
 from outliermerge.extraction.merges import reader_of_merges
-from outliermerge.extraction.pair import Pairs
+from outliermerge.extraction.pair import Pairs, lacks_parts
 from outliermerge.extraction.reading import difference, in_order
 from outliermerge.extraction.report import Extraction, Settings
 from outliermerge.extraction.written import AdapterFolder
@@ -216,6 +217,7 @@ class Making:
                 num_bytes=folder.num_bytes,
                 seconds=time.perf_counter() - started,
             )
+            card = adapter_card(self.pairs, result)
             if watched is not None:
                 try:
                     watched.check()
@@ -224,7 +226,7 @@ class Making:
                     raise
             report = result.as_dict()
             del report["seconds"]  # so that the same command writes the same bytes
-            folder.finish(report, self._tokenizer())
+            folder.finish(report, card, self._tokenizer())
         return result
 
     def _compare(
@@ -264,6 +266,11 @@ class Making:
     def _why_not(self, name: str) -> str:
         base, model = self.tensors[name]
         if base.shape != model.shape:
+            names = [{meta.name for meta in source.stored} for source in (base, model)]
+            if why := lacks_parts(self.pairs.base, model, names[0]) or lacks_parts(
+                self.pairs.model, base, names[1]
+            ):
+                return why
             return f"is {list(base.shape)} in the base, and {list(model.shape)}"
         if not (base.dtype.is_float and model.dtype.is_float):
             return f"is {model.dtype.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from outliermerge.execution.merged import Merges
 from outliermerge.execution.threads import choose_options
 from outliermerge.extraction.pair import Pairs, paired
 from outliermerge.methods.task import Task
+from outliermerge.output.recipe import from_here, renamed
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
 from outliermerge.planning.stages import as_input
 from outliermerge.spec.check import MergeSpec, load_spec
+from outliermerge.spec.text import as_yaml
 from outliermerge.storage.stamps import current_watch
 
 _SPECS = (".yaml", ".yml")
@@ -60,7 +63,8 @@ def pairs_of_merge(spec: str | Path | Mapping[str, Any] | MergeSpec | Plan) -> P
         for models in [", ".join(shown(plan.inputs[number].reference) for number, _ in job.sources)]
         for (_, one), (_, other) in pairwise(job.sources)
     )
-    return pairs.with_twins(twins, plan.notes)
+    recipe = as_yaml(renamed(plan.spec.as_dict(), from_here))
+    return replace(pairs.with_twins(twins, plan.notes), recipe=recipe)
 
 
 def reader_of_merges(memory_bytes: int, threads: int, folder: Path) -> Reader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class Pairs:
         twins: what must be equal: the message if it is not, the name, the two tensors.
         notes: notes for the user.
         excluded: the tensors that stay the base's, as they were not chosen.
+        recipe: of a merge its spec, as YAML.
     """
 
     base: Input
@@ -60,6 +61,7 @@ class Pairs:
     twins: tuple[tuple[str, str, Pair], ...]
     notes: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    recipe: str = ""
 
     def with_twins(self, twins: Iterable[tuple[str, str, Pair]], notes: Iterable[str]) -> Pairs:
         """Return the same with more that must be equal, and notes."""
@@ -178,8 +180,30 @@ def paired(base: Input, model: Input) -> Pairs:
         for name, source in own.items()
         if name not in others and not is_computed(name, source)
     }
+    for entry, own, others in ((base, ours, theirs), (model, theirs, ours)):
+        for name in [name for name in apart if name in own]:
+            if why := lacks_parts(entry, own[name], others):
+                parts = {meta.name for meta in own[name].stored}
+                apart = {n: w for n, w in apart.items() if n not in parts} | {name: why}
     notes = dict.fromkeys((*base.checkpoint.notes, *model.checkpoint.notes))
     return Pairs(base, model, stored, common, apart, heads, tuple(twins), tuple(notes))
+
+
+def lacks_parts(entry: Input, packed: Source, others: Collection[str]) -> str:
+    """Return what a model lacks of a tensor's parts, such as experts; "" where it has none or all.
+
+    Args:
+        packed: the tensor, which another model has.
+        others: the names of the parts that this one has.
+    """
+    parts = list(dict.fromkeys(meta.name for meta in packed.stored))
+    missing = [part for part in parts if part not in others]
+    if not missing or len(missing) == len(parts):
+        return ""
+    return (
+        f"{shown(entry.reference)} lacks {len(missing)} of the {len(parts)} tensors that it is "
+        f"made of, such as {shown(missing[0])}"
+    )
 
 
 def _ties(entry: Input) -> dict[str, str]:

@@ -16,6 +16,7 @@ from outliermerge.extraction.factors import Wanted
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 FORMAT = 1
+REPORT_NAME = "extraction.json"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import xxhash
 
 from outliermerge.checkpoint.adapters.config import CONFIG_NAME, FILE_NAMES
+from outliermerge.checkpoint.folders.beside import CARD_NAME
 from outliermerge.checkpoint.sources import DType
 from outliermerge.errors import OutlierMergeError, argument, shown
+from outliermerge.extraction.report import REPORT_NAME
 from outliermerge.output.folder import differing
 from outliermerge.output.journal import Journal, process
 from outliermerge.output.names import journal_path, partial_folder, real_output
@@ -28,9 +30,8 @@ from outliermerge.storage.system import inode, make_inside, move_new, open_insid
 if TYPE_CHECKING:
     from torch import Tensor
 
-REPORT_NAME = "extraction.json"
 WEIGHTS_NAME = FILE_NAMES[0]
-_NAMES = (WEIGHTS_NAME, CONFIG_NAME, REPORT_NAME)
+_NAMES = (WEIGHTS_NAME, CONFIG_NAME, REPORT_NAME, CARD_NAME)
 _MADE = "an adapter"
 _DIGITS = 15  # of a position in a file
 _ENTRY_BYTES = 130 + 2 * _DIGITS  # of a header, without the tensor's name
@@ -203,10 +204,10 @@ class AdapterFolder:
             self._file.close()
         write_beside(self.folder, {CONFIG_NAME: _json(config)})
 
-    def finish(self, report: Mapping[str, Any], others: Mapping[str, Path]) -> None:
-        """Write the report and copies of further files, and give the folder its name."""
+    def finish(self, report: Mapping[str, Any], card: str, others: Mapping[str, Path]) -> None:
+        """Write the report, the card and copies of further files, and give the folder its name."""
         self._journal.add({"files": [*others]})
-        write_beside(self.folder, {REPORT_NAME: _json(report), **others})
+        write_beside(self.folder, {REPORT_NAME: _json(report), CARD_NAME: card.encode(), **others})
         refuse_taken(self.final)
         with naming(self.final, "written"):
             sync_folder(self.folder)

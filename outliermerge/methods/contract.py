@@ -66,6 +66,7 @@ class MergeMethod:
             method gets the parameters that it declares.
         for_tensor: returns the method that takes its place for some tensors, or None; it gets the
             parameters that it declares.
+        in_float64: whether it computes in float64 whatever the spec's dtype is.
     """
 
     name: str
@@ -89,6 +90,7 @@ class MergeMethod:
     with_base: MergeMethod | None
     variant: Callable[[Mapping[str, Any]], MergeMethod | None]
     for_tensor: Callable[[Context], MergeMethod | None]
+    in_float64: bool
 
     def __repr__(self) -> str:
         return short_repr(
@@ -123,6 +125,10 @@ class MergeMethod:
     def of(self, parameters: Mapping[str, Any], context: Context) -> MergeMethod:
         """Return the method that merges a tensor with these resolved parameters."""
         return self.for_tensor(context) or self.variant(parameters) or self
+
+    def computes_in(self, dtype: str) -> str:
+        """Return the dtype of its arithmetic where the spec asks for one."""
+        return "float64" if self.in_float64 else dtype
 
     @property
     def summary(self) -> str:
@@ -256,6 +262,7 @@ def merge_method(
     with_base: MergeMethod | None = None,
     variant: Callable[[Mapping[str, Any]], MergeMethod | None] = _itself,
     for_tensor: Callable[[Context], MergeMethod | None] = _for_all,
+    in_float64: bool = False,
 ) -> Callable[[Callable[..., Any]], MergeMethod]:
     """Make a merge method from a function on blocks.
 
@@ -283,6 +290,7 @@ def merge_method(
         with_base: the method that takes its place where there is a base model.
         variant: returns the method that takes its place for resolved parameters, or None.
         for_tensor: returns the method that takes its place for some tensors, or None.
+        in_float64: whether it computes in float64 whatever the spec's dtype is, as a plan says.
 
     Raises:
         TypeError: the signature does not fit these rules.
@@ -344,6 +352,7 @@ def merge_method(
             with_base=with_base,
             variant=variant,
             for_tensor=for_tensor,
+            in_float64=in_float64,
         )
 
     return decorate

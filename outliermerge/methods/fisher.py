@@ -47,6 +47,7 @@ def _always(parameters: Mapping[str, Any]) -> bool:
     workspace=lambda num_sources: 9 * num_sources + 6,
     idempotent=_always,
     check=check_weights,
+    in_float64=True,
     paper="arXiv 2111.09832",
 )
 def fisher(

@@ -130,6 +130,7 @@ def _is_from_mean(parameters: Mapping[str, Any]) -> bool:
     workspace=lambda num_sources: 2 * num_sources + 14,
     idempotent=_is_from_mean,
     check=check_weights,
+    in_float64=True,
     paper="arXiv 2312.04339",
 )
 def mats(
@@ -167,6 +168,7 @@ def mats(
     workspace=lambda num_sources: 2 * num_sources + 14,
     idempotent=_is_from_mean,
     check=check_weights,
+    in_float64=True,
 )
 def mats_turned(
     weights: Tensor,
@@ -189,6 +191,7 @@ def mats_turned(
     workspace=lambda _: 16,
     idempotent=_is_from_mean,
     check=check_weights,
+    in_float64=True,
     paper="arXiv 2312.04339",
 )
 def mats_fisher(

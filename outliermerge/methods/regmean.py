@@ -189,6 +189,7 @@ def _always(parameters: Mapping[str, Any]) -> bool:
     workspace=lambda num_sources: 3 * num_sources + 6,
     idempotent=_always,
     check=check_weights,
+    in_float64=True,
     paper="arXiv 2212.09849",
 )
 def regmean(
@@ -253,6 +254,7 @@ def _by_expert(weights: Tensor, systems: Tensor, context: Context) -> Tensor:
     workspace=lambda num_sources: num_sources + 10,
     idempotent=_always,
     check=check_weights,
+    in_float64=True,
 )
 def regmean_turned(
     weights: Tensor, *, gram: Tensor, reduce: float = 0.9, weight: PerModel = 1.0

@@ -12,6 +12,7 @@ from outliermerge.methods.context import Context
 from outliermerge.methods.contract import COARSEST_FIRST, Cut, MergeMethod
 from outliermerge.methods.kernel_call import CODES
 from outliermerge.methods.prepared import PANEL_ROWS
+from outliermerge.methods.statistics.base import scope_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ class Task:
         size = math.prod(self.shape)
         needs = [need for need in self.method.needs.values() if hasattr(need, "held_bytes")]
         return sum(need.held_bytes(self.num_models, size, self.parameters) for need in needs)
+
+    @property
+    def num_ranks(self) -> dict[bool, int]:
+        """How many ranks statistics look for in the tensor (False), and in the model (True)."""
+        found = {False: 0, True: 0}
+        for need in self.method.needs.values():
+            if hasattr(need, "num_ranks"):
+                of_model = scope_of(need, self.parameters) == "model"
+                found[of_model] += need.num_ranks(self.num_models, self.parameters)
+        return found
 
     def fits_kernels(self, names: Container[str]) -> bool:
         """Tell whether a backend with kernels of these names supports this merge and its dtypes."""

@@ -18,14 +18,15 @@ from outliermerge.planning.llama_cpp import Conversion
 from outliermerge.planning.plan import Input, Plan, Stacked
 from outliermerge.spec.text import as_yaml
 
-_HERE = '"path/to/this/folder"'
+HERE = '"path/to/this/folder"'
+"""Where a card's reader has the output, as Python writes it."""
 _PROMPT = '"The capital of France is"'
 _QUESTION = "What is the capital of France?"
 _TEXT = "A sentence."
 _MOST_ROWS = 40
 _OF_GGUF = (
     "from transformers import AutoModelForCausalLM\n\n"
-    f'model = AutoModelForCausalLM.from_pretrained({_HERE}, gguf_file="model.gguf")'
+    f'model = AutoModelForCausalLM.from_pretrained({HERE}, gguf_file="model.gguf")'
 )
 
 
@@ -58,7 +59,7 @@ def model_card(
     parts = [
         "\n".join(front),
         "# Merged model",
-        f"Made by outliermerge {version('outliermerge')} with {_code(plan.spec.title)}{paper}: "
+        f"Made by outliermerge {version('outliermerge')} with {as_code(plan.spec.title)}{paper}: "
         f"{plan.spec.summary}",
     ]
     is_gguf = plan.spec.document.format == "gguf"
@@ -66,7 +67,7 @@ def model_card(
         parts += ["## Use", f"```sh\n{_by_llama_cpp(plan.conversion)}\n```"]
     elif snippet := _OF_GGUF if is_gguf else usage(contents, sidecars):
         parts += ["## Use", f"```python\n{snippet}\n```"]
-    parts += ["## Models", "\n".join(_parent(entry) for entry in models)]
+    parts += ["## Models", "\n".join(parent_line(entry) for entry in models)]
     parts += filter(None, [licence_note(models)])
     if plan.stacked is not None:
         parts += ["## Layers", _layers(plan, plan.stacked)]
@@ -80,7 +81,7 @@ def model_card(
         parts += ["## Drift from the base", f"Not measured: {_why_not_measured(plan)}."]
     return (
         "\n\n".join(parts)
-        + f"\n\n## Recipe\n\n{_fenced(as_yaml(renamed(plan.spec.as_dict(), from_here)))}\n\n"
+        + f"\n\n## Recipe\n\n{fenced(as_yaml(renamed(plan.spec.as_dict(), from_here)))}\n\n"
         + f"`{RECIPE_NAME}` is the same with models that any folder finds. It gives this folder "
         + f"again:\n\n```sh\n{command}\n```\n\n"
         + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
@@ -90,7 +91,7 @@ def model_card(
 
 def _by_llama_cpp(conversion: Conversion) -> str:
     """Return the command that runs a GGUF file: not all that llama.cpp has, transformers reads."""
-    path = _HERE.strip('"')
+    path = HERE.strip('"')
     model, *towers = conversion.files
     if not towers:
         return f"llama-cli --model {path}/{model}"
@@ -102,7 +103,7 @@ def _layers(plan: Plan, stacked: Stacked) -> str:
     rows = []
     for one in stacked.slices:
         models = " and ".join(
-            f"{_range(*layers)} of {_code(from_here(plan.inputs[number].reference))}"
+            f"{_range(*layers)} of {as_code(from_here(plan.inputs[number].reference))}"
             for number, layers in one.ranges.items()
         )
         rows.append(f"- {_range(one.start, one.stop)}: {models}")
@@ -121,8 +122,8 @@ def _stages(plan: Plan) -> str:
     rows = []
     for name, stage in plan.spec.all_stages.items():
         models = [*([stage.base] if stage.base else []), *stage.models]
-        named = ", ".join(dict.fromkeys(_code(from_here(each.reference)) for each in models))
-        rows.append(f"- {_code(name)}: {_code(stage.title)} of {named}")
+        named = ", ".join(dict.fromkeys(as_code(from_here(each.reference)) for each in models))
+        rows.append(f"- {as_code(name)}: {as_code(stage.title)} of {named}")
     return "\n".join(rows)
 
 
@@ -142,7 +143,7 @@ def usage(contents: Mapping[str, bytes | Path], sidecars: set[str]) -> str:
     if "modules.json" in sidecars:
         return (
             "from sentence_transformers import SentenceTransformer\n\n"
-            f"model = SentenceTransformer({_HERE})\nprint(model.encode([{_quote(_TEXT)}]).shape)"
+            f"model = SentenceTransformer({HERE})\nprint(model.encode([{_quote(_TEXT)}]).shape)"
         )
     if "adapter_config.json" in sidecars and "config.json" not in sidecars:
         return _loading("peft", "AutoPeftModel")
@@ -185,7 +186,7 @@ def _of_transformers(
         if not sidecars & {"processor_config.json", "preprocessor_config.json"}:
             return loaded
         first, _, rest = loaded.partition("\n")
-        processor = f"processor = AutoProcessor.from_pretrained({_HERE}{code})"
+        processor = f"processor = AutoProcessor.from_pretrained({HERE}{code})"
         return f"{first}, AutoProcessor\n{rest}\n{processor}"
     if kind == "ConditionalGeneration":
         if config.get("model_type") in ("whisper", "speech_to_text", "moonshine"):
@@ -199,7 +200,7 @@ def _of_transformers(
 
 
 def _loading(library: str, name: str, variable: str = "model", *, code: str = "") -> str:
-    return f"from {library} import {name}\n\n{variable} = {name}.from_pretrained({_HERE}{code})"
+    return f"from {library} import {name}\n\n{variable} = {name}.from_pretrained({HERE}{code})"
 
 
 def _text_model(name: str, prompt: str, has_tokenizer: bool, code: str) -> str:
@@ -207,8 +208,8 @@ def _text_model(name: str, prompt: str, has_tokenizer: bool, code: str) -> str:
         return _loading("transformers", name, code=code)
     return (
         f"from transformers import {name}, AutoTokenizer\n\n"
-        f"model = {name}.from_pretrained({_HERE}{code})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({_HERE}{code})\n"
+        f"model = {name}.from_pretrained({HERE}{code})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({HERE}{code})\n"
         f'tokens = tokenizer({prompt}, return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=20)[0]))"
     )
@@ -217,8 +218,8 @@ def _text_model(name: str, prompt: str, has_tokenizer: bool, code: str) -> str:
 def _chat_model(code: str) -> str:
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({_HERE}{code})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({_HERE}{code})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({HERE}{code})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({HERE}{code})\n"
         f'chat = [{{"role": "user", "content": {_quote(_QUESTION)}}}]\n'
         "tokens = tokenizer.apply_chat_template(\n"
         '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
@@ -233,8 +234,8 @@ def _encoder(name: str, result: str, has_tokenizer: bool, code: str) -> str:
         return _loading("transformers", name, code=code)
     return (
         f"from transformers import {name}, AutoTokenizer\n\n"
-        f"model = {name}.from_pretrained({_HERE}{code})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({_HERE}{code})\n"
+        f"model = {name}.from_pretrained({HERE}{code})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({HERE}{code})\n"
         f'print(model(**tokenizer({_quote(_TEXT)}, return_tensors="pt")).{result}.shape)'
     )
 
@@ -251,7 +252,7 @@ def _json(contents: Mapping[str, bytes | Path], name: str) -> dict[str, Any]:
 def _drift(drift: Mapping[str, Any]) -> str:
     errors = drift["standard_errors"]
     cosines = ", ".join(
-        f"{with_error(value, errors['cosines'][name])} with {_code(from_here(name))}"
+        f"{with_error(value, errors['cosines'][name])} with {as_code(from_here(name))}"
         for name, value in drift["cosines"].items()
     )
     size = with_error(100 * drift["relative_size"], 100 * errors["relative_size"])
@@ -261,7 +262,7 @@ def _drift(drift: Mapping[str, Any]) -> str:
     ]
     if kept := drift.get("outliers_kept"):
         shares = ", ".join(
-            f"{value:.2%} of {_code(from_here(name))}" for name, value in kept.items()
+            f"{value:.2%} of {as_code(from_here(name))}" for name, value in kept.items()
         )
         lines.append(f"- outliers kept whole: {shares}")
     else:
@@ -301,7 +302,7 @@ def _rows(report: Mapping[str, Any]) -> str:
             )
         if of["num_without_basis"]:
             said.append(f"{of['num_without_basis']:,} are the mean of all rows")
-        lines.append(f"- {_code(name)}: {'; '.join(said) or 'not measured'}")
+        lines.append(f"- {as_code(name)}: {'; '.join(said) or 'not measured'}")
     return "\n".join(lines)
 
 
@@ -322,20 +323,21 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.{digits}f}" + (f" ± {doubt}" if float(doubt) else "")
 
 
-def _parent(entry: Input) -> str:
-    name, ids = _code(from_here(entry.reference)), hub_ids(entry)
+def parent_line(entry: Input) -> str:
+    """Return a model as a row of a card's list, with its role and licences."""
+    name, ids = as_code(from_here(entry.reference)), hub_ids(entry)
     if len(ids) == 1:
         name = f"[{name}](https://huggingface.co/{ids[0]})"
     role = " (base)" if entry.role == "base" else ""
     licences = " and ".join(map(str, licences_of(entry)))
-    return f"- {name}{role}" + (f", licence {_code(licences)}" if licences else "")
+    return f"- {name}{role}" + (f", licence {as_code(licences)}" if licences else "")
 
 
 def _quote(text: str) -> str:
     return json.dumps(text)
 
 
-def _code(text: str) -> str:
+def as_code(text: str) -> str:
     """Return a foreign name as Markdown code, escaped so that it stays inside the code."""
     text = shown(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
@@ -343,7 +345,7 @@ def _code(text: str) -> str:
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def _fenced(yaml: str) -> str:
+def fenced(yaml: str) -> str:
     """Return YAML as a code block of Markdown, even if it contains backticks."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("^ *(`+)", yaml, re.MULTILINE)), default=0))
     return f"{fence}yaml\n{yaml}{fence}"

@@ -9,8 +9,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any, Generic, TypeVar
 
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
 from outliermerge.output.journal import BusyError
+from outliermerge.output.options import ENOUGH_BYTES, RunOptions
+from outliermerge.planning.plan import Options, Plan
 
 _POLL_SECONDS, _BUSY_SECONDS = 0.5, 5
 _END_SECONDS = 10  # for tasks that are cancelled
@@ -233,6 +235,32 @@ def this_machine() -> str:
 def machines(needs: Needs) -> list[str]:
     """Return the machines on which a task can run, in an order that stays."""
     return sorted(machine for machine, has in _alive().items() if _num_fitting(has, needs))
+
+
+def memory_of_machines(needs: Needs) -> list[int]:
+    """Return how much memory those machines have on which a task can run that needs other things.
+
+    A machine without a limit on memory is left out.
+    """
+    alive = _alive().values()
+    return [int(has["memory"]) for has in alive if "memory" in has and _num_fitting(has, needs)]
+
+
+def fitting_options(chosen: RunOptions, plans: Sequence[Plan], needs: Needs) -> Options:
+    """Return the options of a part, of which as many machines as possible have the memory.
+
+    Args:
+        needs: what its task asks Ray for besides.
+
+    Raises:
+        ArgumentError: an option is wrong, or no machine has the memory for a tensor.
+    """
+    # Where there is no machine, the cluster may start some that are large enough.
+    *smaller, largest = sorted({*memory_of_machines(needs)}) or [ENOUGH_BYTES]
+    for size in smaller:
+        with suppress(ArgumentError):
+            return chosen.in_parts(*plans, free=size)
+    return chosen.in_parts(*plans, free=largest)
 
 
 def _num_fitting(has: Mapping[str, float], needs: Needs) -> int:

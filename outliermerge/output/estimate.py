@@ -32,6 +32,7 @@ _LEAST_SHARE = 0.5  # of the work, below which the trial tells nothing of the re
 _ALIGNMENT = 4096
 # Measured on Linux: what importing torch takes, and what a thread takes besides its blocks.
 _TORCH_BYTES, _THREAD_BYTES = 218 * 10**6, 800_000
+_NUMPY_BYTES = 12_500_000  # of importing it, to count values in bins; torch imports it, too
 _RUN_BYTES = 2_000_000  # what a run takes besides what its plan has taken
 # Measured: the files beside the weights, checksums of them, the names.
 FIXED_SECONDS = 0.1
@@ -49,6 +50,7 @@ class Estimate:
         program_bytes: memory of the interpreter and of what it has imported and planned; None if
             the system does not tell.
         block_bytes: memory of all threads and of the blocks that they work on.
+        then: what a run does after that, in a time that is not known.
     """
 
     seconds: float | None
@@ -56,6 +58,7 @@ class Estimate:
     basis: str
     program_bytes: int | None
     block_bytes: int
+    then: str = ""
 
     def __repr__(self) -> str:
         speed = self.bytes_per_second
@@ -63,6 +66,7 @@ class Estimate:
         return short_repr(
             self,
             f"about {self.seconds:.3g} s" if self.seconds is not None else "time not known",
+            f"then {self.then}" if self.then else "",
             f"{human_bytes(speed)}/s, {self.basis}" if speed is not None else self.basis,
             "memory of the process not known"
             if memory is None
@@ -80,6 +84,7 @@ class Estimate:
             "seconds": None if self.seconds is None else round(self.seconds, 2),
             "bytes_per_second": self.bytes_per_second and round(self.bytes_per_second),
             "basis": self.basis,
+            **({"then": self.then} if self.then else {}),
             "process_memory_bytes": self.process_bytes,
             "program_memory_bytes": self.program_bytes,
             "block_memory_bytes": self.block_bytes,
@@ -106,6 +111,8 @@ def estimate_run(plan: Plan, options: Options, output: Final | None) -> Estimate
     program = resident_bytes()
     if program is not None and needs_torch and not has_torch:
         program += _TORCH_BYTES
+    elif program is not None and "numpy" not in sys.modules and plan.counter_bytes(options):
+        program += _NUMPY_BYTES
     blocks = plan.block_memory_bytes(options) + options.threads * _THREAD_BYTES + _RUN_BYTES
     if isinstance(output, str):
         blocks += min(plan.num_written_bytes, (NUM_AT_ONCE + 1) * PART_BYTES)
@@ -124,7 +131,8 @@ def estimate_run(plan: Plan, options: Options, output: Final | None) -> Estimate
         except (OSError, OutlierMergeError) as error:
             basis = f"the trial failed: {shown(str(error).partition(chr(10))[0])}"
     seconds = None if speed is None else FIXED_SECONDS + plan.work_bytes / speed
-    return Estimate(seconds, speed, basis, program, blocks)
+    then = "llama.cpp's converter" if plan.conversion is not None else ""
+    return Estimate(seconds, speed, basis, program, blocks, then)
 
 
 def _tried(plan: Plan, options: Options, folder: Path) -> tuple[float | None, str]:

@@ -19,6 +19,8 @@ from outliermerge.execution.threads import (
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 
+ENOUGH_BYTES = 1 << 62
+"""The memory of machines that are not known: what is too little there is told there."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -96,18 +98,21 @@ or 1GiB.
         device = choose_device(self.device)
         return self._resolved(device, plans, free_bytes(device))
 
-    def in_parts(self, *plans: Plan) -> Options:
+    def in_parts(self, *plans: Plan, free: int = ENOUGH_BYTES) -> Options:
         """Return the options of plans whose parts are written on other machines.
 
-        The device is taken as it is named, and not looked for here. As much memory is taken to be
-        free there as is here.
+        The device is taken as it is named, and not looked for here. There each part takes, of what
+        is free then, as much as it needs.
+
+        Args:
+            free: the memory of a machine; enough for every tensor, if that is not known.
 
         Raises:
             ArgumentError: an option is wrong, or the memory is too little for a tensor of a plan.
         """
         is_named = self.device.partition(":")[0] == "cuda"
         device = self.device if is_named else choose_device(self.device)
-        return self._resolved(device, plans, free_bytes("cpu"))
+        return self._resolved(device, plans, free)
 
     def _resolved(self, device: str, plans: Sequence[Plan], free: int | None) -> Options:
         options = choose_options(

@@ -21,6 +21,7 @@ from outliermerge.output.bucket_folder import to_start_over_in_store
 from outliermerge.output.cluster import (
     Tasks,
     connected,
+    fitting_options,
     has_gpus,
     machines,
     num_at_once,
@@ -130,10 +131,10 @@ def run_on_ray(
         if chosen.device == "auto":
             chosen = replace(chosen, device="cuda" if has_gpus() else "cpu")
         chosen = replace(chosen, threads=chosen.threads or usual_cpus())
-        options = chosen.in_parts(*(plan for plan, _ in plans))
-        needs = {
+        of_all = {"num_cpus": chosen.threads, "num_gpus": 0 if chosen.device == "cpu" else 1}
+        options = fitting_options(chosen, [plan for plan, _ in plans], of_all)
+        needs = of_all | {
             "num_cpus": options.threads,
-            "num_gpus": 0 if chosen.device == "cpu" else 1,
             "memory": max(plan.peak_memory_bytes(options) for plan, _ in plans)
             + _PROGRAM_BYTES
             + UPLOAD_BYTES * isinstance(plans[0][1], str),

@@ -10,6 +10,7 @@ from outliermerge.checkpoint.measured import MeasuredTensor, Statistics
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, as_path, shown
 from outliermerge.methods.contract import MergeMethod
+from outliermerge.planning.job import Beside
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.models import ModelSpec
 from outliermerge.storage.stamps import told_by_name
@@ -108,6 +109,18 @@ class Auxiliaries:
         if unused and set.intersection(*unused):
             self._without_tokens.append(tensor)
         return tuple(found)
+
+    def beside(self, number: int) -> tuple[Beside, ...]:
+        """Return what there is of a model, by its number."""
+        return tuple(
+            Beside(
+                name,
+                self._files[name, number],
+                tuple(dict.fromkeys(meta for source in found.values() for meta in source.stored)),
+            )
+            for (name, own), found in self._tensors.items()
+            if own == number
+        )
 
     @property
     def notes(self) -> list[str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from outliermerge.checkpoint.by_kernels import is_by_kernels
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.errors import ArgumentError, argument
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
+from outliermerge.methods.statistics.trim import bytes_of_counters
 from outliermerge.methods.table import find_method
+from outliermerge.methods.task import Task
 from outliermerge.planning.job import Job, Options, row_elements
-from outliermerge.planning.merged import bytes_of_merges
+from outliermerge.planning.merged import bytes_of_merges, merges_in
 
 _MAX_CHUNKS = {"kernels": 16, "cpu": 4, "cuda": 64}
 
@@ -83,6 +87,36 @@ def bytes_beside(job: Job) -> int:
     """
     prepared = job.task.prepared_bytes if job.prepared else 0
     return prepared + bytes_of_merges(source for _, source in job.sources)
+
+
+def counter_bytes(job: Job, options: Options) -> int:
+    """Return the memory of all threads for the bins in which statistics count, to find ranks.
+
+    A tensor of one block is measured by one thread, while others measure others; so is what a
+    tensor is computed of. Of a larger one the last blocks may be merged while the next is measured.
+    """
+    peak = 0
+    if job.action == "merge" and any(job.task.num_ranks.values()):
+        is_small = job.num_elements <= block_elements(job, options)
+        num = options.threads if is_small else min(2, options.threads)
+        peak = _counter_bytes(job.task, num, options, by_torch=options.uses_torch(job))
+    for merge in merges_in(source for _, source in job.sources):
+        by_torch = not options.kernels_do(merge.task)
+        own = _counter_bytes(merge.task, options.threads, options, by_torch=by_torch)
+        peak = max(peak, own)
+    return peak
+
+
+def _counter_bytes(task: Task, num_tensors: int, options: Options, *, by_torch: bool) -> int:
+    peak, size = 0, math.prod(task.shape)
+    for of_model, num_ranks in task.num_ranks.items():
+        samples = task.method.cut == "element" and not of_model
+        shared, kernels_own, torch_own = bytes_of_counters(size, samples=samples)
+        own = torch_own if by_torch else kernels_own * num_ranks
+        if num_ranks:
+            total = shared * num_ranks * (1 if of_model else num_tensors) + own * options.threads
+            peak = max(peak, total)
+    return peak
 
 
 def _unit(job: Job) -> int:

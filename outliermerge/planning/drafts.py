@@ -9,6 +9,7 @@ from typing import Any, Literal
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.sources import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.methods.statistics.base import scope_of
 from outliermerge.planning.advice import Unpaired, advise
 from outliermerge.planning.architectures import CANNOT, verdict_on
 from outliermerge.planning.buffers import is_buffer, is_computed, is_frequencies, maps_rows
@@ -147,7 +148,7 @@ class Drafter:
         dtype = self._stored(own[1])
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
-        if self.method.space == "weight" or len(found) < self.method.min_models:
+        if len(found) < len(self._held) and self._takes_all(name, len(found)):
             found = tuple((n, held[name]) if name in held else own for n, held in self._held)
             holders = list(self.model_numbers)
         parameters = self.parameters.of(name, holders)
@@ -159,6 +160,15 @@ class Drafter:
         if one_source and (self.method.uses_base or self.method.idempotent(parameters)):
             return name, "copy", found[:1], {}, dtype, "the same tensor in every model"
         return name, "merge", found, parameters, dtype, ""
+
+    def _takes_all(self, name: str, num_holders: int) -> bool:
+        """Tell whether models that lack a tensor are merged, too, with the base's in its place."""
+        if self.method.space == "weight" or num_holders < self.method.min_models:
+            return True
+        needs = self.method.needs.values()
+        parameters = self.parameters.of(name, self.model_numbers) if needs else {}
+        # In a model that is measured as a whole, what it lacks counts as it counts in the base.
+        return any(scope_of(need, parameters) == "model" for need in needs)
 
     def _draft_unmergeable(self, name: str, own: Numbered, found: tuple[Numbered, ...]) -> Draft:
         sources = tuple(dict.fromkeys([own, *found]))

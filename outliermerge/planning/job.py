@@ -56,6 +56,21 @@ class LayersOf:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What a method takes of a model besides its weights: a folder of tensors, as `measure` writes.
+
+    Attributes:
+        kind: what the method calls it, such as `gram`.
+        reference: where it is, as the spec names it.
+        stored: its tensors that the merge may read.
+    """
+
+    kind: str
+    reference: str
+    stored: tuple[TensorMeta, ...]
+
+
+@dataclass(frozen=True)
 class Input:
     """A model that the merge reads.
 
@@ -68,6 +83,7 @@ class Input:
         made_of: the models that it is a merge of, where it is a stage of this merge.
         checks: what must be equal for that merge to be right.
         layers: of a stage, where they are from.
+        beside: what the method takes of it besides its weights.
     """
 
     reference: str
@@ -80,6 +96,7 @@ class Input:
     made_of: tuple[Input, ...] = ()
     checks: tuple[Job, ...] = ()
     layers: tuple[LayersOf, ...] = ()
+    beside: tuple[Beside, ...] = ()
 
     def __repr__(self) -> str:
         num = len(self.checkpoint.tensors)

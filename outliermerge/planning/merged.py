@@ -152,6 +152,18 @@ def merge_of(source: Source) -> MergedSource | None:
     return source if isinstance(source, MergedSource) else None
 
 
+def merges_in(sources: Iterable[Source]) -> list[MergedSource]:
+    """Return the merges among sources, and in them, each once."""
+    found, seen, pending = list[MergedSource](), set[int](), list(sources)
+    while pending:
+        source = pending.pop()
+        if id(source) not in seen:
+            seen.add(id(source))
+            found += [source] if isinstance(source, MergedSource) else []
+            pending += inner(source)
+    return found
+
+
 def bytes_of_merges(sources: Iterable[Source]) -> int:
     """Return the memory that a thread needs for sources that are computed of others.
 

@@ -196,7 +196,7 @@ def gradients_of(
 def check_scopes(
     method: MergeMethod, jobs: Sequence[Job], num_models: int, *, slices: bool
 ) -> None:
-    """Raise OutlierMergeError where a method measures whole models and one lacks a tensor."""
+    """Raise OutlierMergeError where a method measures whole models, but not over all tensors."""
     merges = [job for job in jobs if job.action == "merge"]
     distinct = {(job.method, id(job.parameters)): job for job in merges}
     if not any(
@@ -215,7 +215,10 @@ def check_scopes(
                 "slice"
             )
         if lacks:
+            names = {getattr(need, "scope_parameter", "") for need in method.needs.values()}
+            setting = ", ".join(f"`{name}: model`" for name in sorted(names) if name)
             raise OutlierMergeError(
                 f"{shown(job.name)} is not in all models, and {method.name} measures whole models "
-                "together: with `missing: error` a plan says where it is not"
+                f"together for other tensors. Give {setting} for this one, too: then what a model "
+                "lacks is taken as the base's"
             )

@@ -14,14 +14,17 @@ from outliermerge.checkpoint.quantized.packed import turned_in
 from outliermerge.checkpoint.sources import inner
 from outliermerge.display import human_bytes, short_repr
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
+from outliermerge.methods.table import method_named
 from outliermerge.planning.blocks import (
     block_elements,
     bytes_beside,
     bytes_per_element,
+    counter_bytes,
     least_bytes,
     num_by_torch,
     too_little,
 )
+from outliermerge.planning.job import Beside as Beside
 from outliermerge.planning.job import Input as Input
 from outliermerge.planning.job import Job as Job
 from outliermerge.planning.job import LayersFrom as LayersFrom
@@ -166,9 +169,13 @@ class Plan:
         A copy of what a module or a stage merges is merged by the method there.
         """
         if (job.of or job).action == "merge":
-            return self.spec.title, job.compute_dtype
+            method = method_named((job.of or job).method)
+            return self.spec.title, method.computes_in(job.compute_dtype)
         inside = merge_of(job.sources[0][1]) if job.action == "copy" else None
-        return (inside.task.method.name, inside.task.compute_dtype) if inside else None
+        if inside is None:
+            return None
+        method = inside.task.method
+        return method.name, method.computes_in(inside.task.compute_dtype)
 
     @cached_property
     def _unlike(self) -> list[Job]:
@@ -223,7 +230,7 @@ class Plan:
         for job in self._unlike:
             block = min(block_elements(job, options), job.num_elements)
             peak = max(peak, block * bytes_per_element(job, options) + bytes_beside(job))
-        return options.threads * peak + self._held_bytes(options)
+        return options.threads * peak + self._held_bytes(options) + self.counter_bytes(options)
 
     def _held_bytes(self, options: Options) -> int:
         """Return the memory that is held while tensors are merged.
@@ -241,6 +248,10 @@ class Plan:
             held = max(held, sum(one.num_bytes for one in whole))
         return min(options.memory_bytes, options.threads * held) + 2 * kept
 
+    def counter_bytes(self, options: Options) -> int:
+        """Return the memory in which statistics count values, to find those of given ranks."""
+        return max((counter_bytes(job, options) for job in self._unlike), default=0)
+
     def block_memory_bytes(self, options: Options) -> int:
         """Return the memory that blocks take as a rule; `peak_memory_bytes` is the most.
 
@@ -256,14 +267,16 @@ class Plan:
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
             peak = max(peak, whole + bytes_beside(job))
-        return options.threads * peak + self._held_bytes(options)
+        return options.threads * peak + self._held_bytes(options) + self.counter_bytes(options)
 
     def as_dict(self, *, tensors: bool = True) -> dict[str, Any]:
         """Return the plan as JSON values, with an entry for each tensor if `tensors`."""
         return {
             "spec": self.spec.as_dict(),
             "method": self.spec.title,
-            "compute_dtypes": sorted({job.compute_dtype for job in self.jobs}),
+            "compute_dtypes": sorted(
+                {by[1] for job, _ in self.weight_jobs if (by := self.merged_by(job))}
+            ),
             "inputs": [
                 {
                     "model": entry.reference,
@@ -273,6 +286,7 @@ class Plan:
                     "num_tensors": len(entry.checkpoint.tensors),
                     "num_bytes": sum(meta.num_bytes for meta in entry.stored),
                     "dtypes": dict(Counter(meta.dtype.name for meta in entry.stored)),
+                    **({"auxiliary": own} if (own := _beside_as_dict(entry)) else {}),
                     "renamed": {
                         rule: {"num_tensors": count, "from": before, "to": after}
                         for rule, (count, before, after) in entry.renamed.items()
@@ -340,3 +354,17 @@ class Plan:
             "stored_names": [source.name for _, source in (job.of or job).sources],
             "parameters": dict((job.of or job).parameters),
         }
+
+
+def _beside_as_dict(entry: Input) -> list[dict[str, Any]]:
+    """Return what a method takes of a model besides its weights, as JSON values."""
+    return [
+        {
+            "kind": beside.kind,
+            "path": beside.reference,
+            "num_tensors": len(beside.stored),
+            "num_bytes": sum(meta.num_bytes for meta in beside.stored),
+            "dtypes": dict(Counter(meta.dtype.name for meta in beside.stored)),
+        }
+        for beside in entry.beside
+    ]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from outliermerge.checkpoint.sources import TensorMeta
 from outliermerge.display import html_table, html_words, human_bytes
 from outliermerge.errors import noted
 from outliermerge.planning.job import Input, Job
@@ -35,16 +36,15 @@ class Shown(Protocol):
 
 def plan_as_html(plan: Shown) -> str:
     """Return the models of a plan, what happens to their tensors, and its spec."""
-    models = [
-        (
-            entry.reference,
-            entry.role,
-            len(entry.checkpoint.tensors),
-            human_bytes(sum(meta.num_bytes for meta in entry.stored)),
-            _counts(Counter(meta.dtype.name for meta in entry.stored)),
+    models = []
+    for entry in plan.inputs:
+        models.append(
+            _model_row(entry.reference, entry.role, len(entry.checkpoint.tensors), entry.stored)
         )
-        for entry in plan.inputs
-    ]
+        models += [
+            _model_row(one.reference, f"its {one.kind}", len(one.stored), one.stored)
+            for one in entry.beside
+        ]
     groups: dict[tuple[str, str], list[Job]] = {}
     written = {id(job): writes.output.dtype.name for job, writes in plan.weight_jobs}
     for job, _ in plan.weight_jobs:
@@ -70,6 +70,13 @@ def plan_as_html(plan: Shown) -> str:
         + f"<pre>{html.escape(plan.spec.as_yaml())}</pre>"
         + "".join(html_words(noted(note)) for note in plan.notes)
     )
+
+
+def _model_row(
+    reference: str, role: str, num: int, stored: Sequence[TensorMeta]
+) -> tuple[str, str, int, str, str]:
+    size = human_bytes(sum(meta.num_bytes for meta in stored))
+    return reference, role, num, size, _counts(Counter(meta.dtype.name for meta in stored))
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -262,7 +262,10 @@ class _Planner:
         )
         return Plan(
             spec=self.spec,
-            inputs=self.inputs,
+            inputs=tuple(
+                replace(entry, beside=self.auxiliaries.beside(number))
+                for number, entry in enumerate(self.inputs)
+            ),
             jobs=made,
             shards=tuple(shards),
             sidecars=sidecars,

@@ -21,6 +21,12 @@ _NUM_WAITING = 2
 _SHARE_OF_FREE = 0.75
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
+# By version of control groups: the limit, what is taken, and how lines on the page cache begin.
+_OF_MEMORY = (
+    ("memory.max", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+_UNLIMITED = 1 << 60
 _KILLED = getattr(signal, "SIGKILL", 9)
 # If the system cannot limit a process, the process ends itself after too long: faulthandler's
 # thread does that even while `re` is running. Then memory has no limit.
@@ -55,9 +61,12 @@ def num_processors() -> int:
         available = len(os.sched_getaffinity(0))
     else:
         available = os.cpu_count() or 1
-    quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
-    if quota.isdecimal() and period.strip().isdecimal():
-        available = min(available, math.ceil(int(quota) / int(period)))
+    for group in _control_groups("cpu"):
+        quota, _, period = _read(group / "cpu.max").partition(" ")
+        if not quota:
+            quota, period = (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        if quota.strip().isdecimal() and period.strip().isdecimal():
+            available = min(available, math.ceil(int(quota) / int(period)))
     return max(1, available)
 
 
@@ -73,18 +82,37 @@ def num_threads(wanted: int) -> int:
 def free_memory_bytes() -> int | None:
     """Return the free memory in bytes, page cache included; None if the system does not tell.
 
-    In a container it is no more than what is left of the container's limit.
+    In a container, or another control group, it is no more than what is left of that one's limit.
     """
     lines = _read(_PROC / "meminfo").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    limit = _read(_CGROUP / "memory.max").strip()
-    if limit.isdecimal():
-        taken = int(_read(_CGROUP / "memory.current").strip() or 0)
-        for line in _read(_CGROUP / "memory.stat").splitlines():
-            if line.startswith(("active_file ", "inactive_file ")):  # the page cache
-                taken -= int(line.split()[1])
-        found.append(max(0, int(limit) - max(0, taken)))
+    for group in _control_groups("memory"):
+        for most, now, start in _OF_MEMORY:
+            limit = _read(group / most).strip()
+            if limit.isdecimal() and int(limit) < _UNLIMITED:
+                taken = int(_read(group / now).strip() or 0)
+                cached = (f"{start}active_file ", f"{start}inactive_file ")
+                for line in _read(group / "memory.stat").splitlines():
+                    if line.startswith(cached):
+                        taken -= int(line.split()[1])
+                found.append(max(0, int(limit) - max(0, taken)))
     return min(found, default=None)
+
+
+def _control_groups(controller: str) -> list[Path]:
+    """Return the folders of the control groups that this process is in, by both versions of them.
+
+    A container may see its own group as the root, or only by the names that the host gives it.
+    """
+    found = list[Path]()
+    for line in ("0::/", f"1:{controller}:/", *_read(_PROC / "self/cgroup").splitlines()):
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = _CGROUP / controller if controllers else _CGROUP
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        found += (top.joinpath(*parts[:number]) for number in range(len(parts) + 1))
+    return list(dict.fromkeys(found))
 
 
 def most_memory_bytes(free_bytes: int | None) -> int:

@@ -173,11 +173,62 @@ def test_part_of_other_statistics_is_not_gone_on_with(loaded, tmp_path):
         measure(
             loaded, SAMPLES, output=tmp_path / "s", wanted=wanted, save_every=1, on_progress=stop
         )
-    with pytest.raises(OutlierMergeError, match=r"s\.partial: holds part of other .*another data"):
+    with pytest.raises(OutlierMergeError, match=r"s\.partial: was begun .*: data changed since\."):
         measure(loaded, SAMPLES[1:], output=tmp_path / "s", wanted=wanted)
     measure(loaded, SAMPLES, output=tmp_path / "s", wanted=wanted)
     with pytest.raises(OutlierMergeError, match=r"/s: is there already"):
         measure(loaded, SAMPLES, output=tmp_path / "s", wanted=wanted)
+
+
+def test_other_statistics_than_those_begun_are_told_how_to_start_over(place, tmp_path, capsys):
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    data, out = place / "data.jsonl", tmp_path / "s"
+    with pytest.raises(KeyboardInterrupt):
+        outliermerge.measure(
+            place / "a", data, output=out, statistics="mean", save_every=1, on_progress=stop
+        )
+    given = ["measure", str(place / "a"), "--data", str(data), "-q", "--statistics", "gram"]
+    given += ["-o", str(out)]
+    assert main(given) == 1
+    assert capsys.readouterr().err == (
+        f"error: {out}.partial: was begun by another measurement: statistics changed since. "
+        "Measure the same to go on, or use --fresh to start over.\n"
+    )
+    assert main([*given, "--fresh"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert {path.name for path in out.iterdir()} == {"gram", "statistics.json"}
+
+
+def test_a_measurement_without_any_sums_leaves_nothing_in_the_way(loaded, place, tmp_path):
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    def killed(statistics: str) -> None:
+        wanted = Wanted((statistics,))
+        with pytest.raises(KeyboardInterrupt):
+            measure(loaded, SAMPLES, output=tmp_path / "s", wanted=wanted, on_progress=stop)
+
+    with held(tmp_path / "s", fresh=False):
+        killed("mean")
+    assert not [*tmp_path.iterdir()]
+    killed("mean")  # without the end that an error leads to
+    assert (tmp_path / "s.partial").exists()
+    outliermerge.measure(
+        place / "a", place / "data.jsonl", output=tmp_path / "s", statistics="gram"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_statistics_that_a_kill_left_without_their_name_are_not_mixed_with_others(loaded, tmp_path):
+    out = tmp_path / "s"
+    measure(loaded, SAMPLES, output=out, wanted=Wanted(("mean",)))
+    out.rename(tmp_path / "s.partial")
+    measure(loaded, SAMPLES, output=out, wanted=Wanted(("gram",)))
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert {path.name for path in out.iterdir()} == {"gram", "statistics.json"}
 
 
 def test_sums_of_another_division_are_not_gone_on_with(loaded, tmp_path):
@@ -195,7 +246,7 @@ def test_sums_of_another_division_are_not_gone_on_with(loaded, tmp_path):
     given: Any = {"output": tmp_path / "s", "wanted": Wanted(("gram",)), "save_every": 1}
     with pytest.raises(KeyboardInterrupt):
         measure(loaded, SAMPLES, memory_bytes=one, on_progress=stop, **given)
-    with pytest.raises(OutlierMergeError, match="another division into passes"):
+    with pytest.raises(OutlierMergeError, match="division into passes changed since"):
         measure(loaded, SAMPLES, memory_bytes=other, **given)
     state = tmp_path / "s.partial/sums.safetensors"
     cut = state.read_bytes()[:99]
@@ -276,7 +327,8 @@ def test_another_process_that_writes_the_folder_is_told(fresh, place, tmp_path, 
     given += ["--statistics", "mean", "-o", str(tmp_path / "s")]
     with held(tmp_path / "s", fresh=False):
         (tmp_path / "s.partial").mkdir()
-        (tmp_path / "s.partial/measures.json").write_text("{}")
+        for name in ("measures.json", "group-1.json"):
+            (tmp_path / "s.partial" / name).write_text("{}")
         assert main(given) == 1
         said = capsys.readouterr().err.strip()
         assert said.startswith(f"error: {tmp_path / 's'}: another run (process ")

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import outliermerge
 from outliermerge.checkpoint.adapters.packed import TURNED_TYPES
@@ -309,3 +309,35 @@ def test_what_experts_need_of_memory_is_refused_before_anything_is_read(tmp_path
     save(model, tmp_path / "tuned")
     with pytest.raises(OutlierMergeError, match=r"down_proj\[1\]: found values that are infinite"):
         extract(tmp_path, rank=24)
+
+
+@pytest.mark.parametrize("lacking", ["base", "tuned"])
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("experts.2.", {"gate_up_proj": (2, 6, "2.w1"), "down_proj": (1, 3, "2.w2")}),
+        ("experts.1.w3.", {"gate_up_proj": (1, 6, "1.w3")}),
+    ],
+    ids=["an expert", "a matrix of one"],
+)
+def test_what_one_model_lacks_of_experts_is_named(
+    lacking: str, part: str, told: dict[str, tuple[int, int, str]], tmp_path: Path
+) -> None:
+    model = drawn("mixtral")
+    save(model, tmp_path / "base")
+    train(model)
+    save(model, tmp_path / "tuned")
+    file = tmp_path / lacking / "model.safetensors"
+    tensors = load_file(file)
+    save_file({n: t for n, t in tensors.items() if f"layers.1.block_sparse_moe.{part}" not in n},
+              file, {"format": "pt"})  # fmt: skip
+    rows = [
+        f"  model.layers.1.mlp.experts.{name}: {tmp_path / lacking} lacks {num} of the {of} "
+        f"tensors that it is made of, such as model.layers.1.block_sparse_moe.experts.{one}.weight"
+        for name, (num, of, one) in told.items()
+    ]
+    with pytest.raises(OutlierMergeError) as raised:
+        extract(tmp_path, rank=4)
+    assert str(raised.value).splitlines()[1:-1] == rows
+    made = extract(tmp_path, rank=4, partial=True)
+    assert len(made.left_out) == len(rows)

@@ -56,6 +56,58 @@ def test_where_too_few_models_have_a_tensor_the_others_have_the_bases(method, pl
     assert torch.equal(found, merged(place, method, ["whole", "filled"]))
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("pcb", {"trim": "model"}),
+        ("metagpt", {"norms": "model"}),
+        ("ties", {"trim": "model", "density": 0.4}),
+        ("min_sigma", {"sigma": "model", "t": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+def test_where_whole_models_are_measured_the_others_have_the_bases(
+    method, parameters, kernels, place
+):
+    """The tensors of all of them count: so the one that all models have depends on the other."""
+
+    def merged_of(second: str, names: list[str] = NAMES) -> list[torch.Tensor]:
+        spec = {
+            "merge_method": method,
+            "base_model": str(place / "base"),
+            "models": [{"model": str(place / model)} for model in ("whole", second)],
+            "parameters": parameters,
+            "missing": "base",
+        }
+        output = place / f"{second}-{len(names)}"
+        outliermerge.run(spec, output=output, kernels=kernels)
+        found = load_folder(output)
+        return [found[name] for name in names]
+
+    short, filled = merged_of("short"), merged_of("filled")
+    assert all(map(torch.equal, short, filled))
+    for model in ("base", "whole", "filled"):
+        tensors = load_folder(place / model)
+        save_tensors(place / model, {NAMES[0]: tensors[NAMES[0]]})
+    assert not torch.equal(merged_of("filled", NAMES[:1])[0], short[0])
+
+
+def test_a_tensor_of_its_own_beside_whole_models_is_refused_with_what_to_do(place):
+    spec = {
+        "merge_method": "ties",
+        "base_model": str(place / "base"),
+        "models": [{"model": str(place / model)} for model in ("whole", "short")],
+        "parameters": {
+            "density": 0.4,
+            "trim": [{"filter": "layers.1", "value": "tensor"}, {"value": "model"}],
+        },
+        "missing": "base",
+    }
+    said = r"layers\.1\.q_proj\.weight is not in all models, .*Give `trim: model` for this one, too"
+    with pytest.raises(outliermerge.OutlierMergeError, match=said):
+        outliermerge.plan(spec)
+
+
 def test_a_consensus_of_more_models_than_are_merged_is_refused_at_its_line(place):
     text = """\
 merge_method: consensus_ta

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import outliermerge
 from outliermerge import ArgumentError, OutlierMergeError, SpecError
+from outliermerge.cli.main import main
 from outliermerge.methods.table import WITH_DATA
 
 SHAPES = {
@@ -215,6 +216,41 @@ def test_bytes_depend_on_neither_threads_memory_nor_resuming(case, place, tmp_pa
     with stopping_after(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
         digest("stopped", threads=1)
     assert digest("stopped", threads=1) == first
+
+
+@pytest.mark.parametrize("method", WITH_DATA)
+def test_a_plan_says_what_is_read_and_in_what_it_is_computed(
+    method, place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(place)
+    kind = "fisher" if "fisher" in method else "gram"
+    by_method = [n for n in SHAPES if n != "scalar"] if kind == "fisher" else LINEAR
+    spec = spec_of(Path(), method, 2, **CASES.get(method, {}))
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    assert main(["plan", str(tmp_path / "spec.json"), "-q"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for number in range(2):
+        (row,) = [line for line in lines if line.strip().startswith(f"s{number} ")]
+        assert f"its {kind}" in row and f"float32 ×{len(by_method)}" in row, row
+    (merged,) = [line for line in lines if line.strip().startswith("merged by")]
+    assert "float32, float64" in merged  # what was not measured is averaged
+
+    told = outliermerge.plan(spec).as_dict()
+    assert told["compute_dtypes"] == ["float32", "float64"]
+    stored = load_folder(Path("s1") / kind)
+    sizes = 4 * sum(one.numel() for one in stored.values())
+    (read,) = told["inputs"][1]["auxiliary"]
+    assert (read["path"], read["kind"]) == ("s1", kind)
+    assert (read["num_tensors"], read["num_bytes"]) == (len(stored), sizes)
+    weights = sum(entry["num_bytes"] for entry in told["inputs"])
+    assert told["input_bytes"] == weights + 2 * sizes
+
+    # So the dtype changes what is averaged only.
+    outliermerge.run(spec, output=tmp_path / "usual")
+    wide = spec | {"dtype": "float64", "out_dtype": "float32"}
+    outliermerge.run(wide, output=tmp_path / "wide")
+    usual, wide = load_folder(tmp_path / "usual"), load_folder(tmp_path / "wide")
+    assert all(usual[name].equal(wide[name]) for name in by_method)
 
 
 def test_a_plan_refuses_too_little_memory_for_gram_matrices(place, tmp_path):

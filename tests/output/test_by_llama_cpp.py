@@ -21,7 +21,9 @@ from stopping import stopping_after
 
 import outliermerge
 from outliermerge.checkpoint.checksum import file_checksum
+from outliermerge.cli.main import main
 from outliermerge.output import folder as output_folder
+from outliermerge.output import names as output_names
 from outliermerge.output import naming
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.parts import join, run_part
@@ -57,6 +59,26 @@ def test_without_a_converter_a_message_says_what_to_install(
     (tmp_path / PROGRAM).write_text("#!/bin/sh\necho no >&2; exit 3\n")  # it starts another
     with pytest.raises(outliermerge.OutlierMergeError, match=r"exit code 3\. .*lines:\n  no\n"):
         outliermerge.run(spec, output=tmp_path / "out")
+
+
+def test_a_plan_says_that_the_time_is_without_the_conversion(
+    spec: dict[str, Any], converter: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(spec))
+    written = outliermerge.plan(spec)
+    assert written.conversion is not None
+    needed = written.num_written_bytes + written.conversion.num_bytes
+    monkeypatch.setattr(output_names, "free_disk_bytes", lambda path: needed - 1)
+    assert main(["plan", str(file), "--no-load-check"]) == 0
+    told = capsys.readouterr()
+    assert "then llama.cpp's converter for a time that is not known" in " ".join(told.out.split())
+    assert f"{needed - 1:,} bytes free, the output needs {needed:,}" in told.err
+    assert main(["plan", str(file), "--no-load-check", "--json"]) == 0
+    told_json = json.loads(capsys.readouterr().out)
+    assert told_json["summary"]["seconds"] is None
+    assert told_json["estimate"]["then"] == "llama.cpp's converter"
 
 
 def test_the_converted_merge_has_its_name_and_the_safetensors_are_gone(

@@ -16,7 +16,7 @@ from checkpoints import save_tensors
 
 import outliermerge
 from outliermerge.cli import main as cli
-from outliermerge.cli.plan_tables import Took, _time
+from outliermerge.cli.plan_facts import Took, time_in_words
 from outliermerge.output import estimate as estimating
 from outliermerge.output.estimate import estimate_run
 
@@ -173,7 +173,7 @@ def test_a_plan_as_json_begins_with_what_a_person_asks(spec, tmp_path, capsys):
 )
 def test_a_time_is_told_as_precisely_as_it_is_known(seconds, words):
     estimate = estimating.Estimate(seconds, 1.0, "a trial", 1, 1)
-    assert _time(estimate, Took(0.1)) == f"{words} (a trial)"
+    assert time_in_words(estimate, Took(0.1)) == f"{words} (a trial)"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_time_is_told_as_precisely_as_it_is_known(seconds, words):
     ],
 )  # fmt: skip
 def test_the_time_of_a_run_includes_planning_and_the_load_check(merging, took, words):
-    assert _time(estimating.Estimate(merging, 1.0, "a", 1, 1), took) == words
+    assert time_in_words(estimating.Estimate(merging, 1.0, "a", 1, 1), took) == words
 
 
 def test_the_memory_that_a_refusal_names_is_enough_and_the_least(spec, tmp_path, capsys):

@@ -14,6 +14,7 @@ from checkpoints import save_tensors
 import outliermerge
 from outliermerge.cli.main import main
 from outliermerge.execution import threads as threads_module
+from outliermerge.output import cluster
 from outliermerge.planning.blocks import least_bytes
 from outliermerge.planning.plan import Options, Plan
 
@@ -150,4 +151,31 @@ def test_the_gpu_with_the_least_free_memory_bounds_a_default(monkeypatch):
     given = outliermerge.RunOptions(memory="1GB", device="cuda").on_this_machine()
     assert given.most_memory_bytes == 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", None)
-    assert outliermerge.RunOptions(device="cuda").in_parts().most_memory_bytes == 4.5 * 2**30
+    in_parts = outliermerge.RunOptions(device="cuda").in_parts(free=8 * 2**30)
+    assert in_parts.most_memory_bytes == 6 * 2**30
+
+
+def test_the_memory_of_parts_elsewhere_is_not_bounded_by_this_machine(models, monkeypatch):
+    plan = plan_of(models)
+    needed = options_of(plan, 1).memory_bytes
+    monkeypatch.setattr(threads_module, "DEFAULT_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(threads_module, "free_memory_bytes", lambda: needed // 2)
+    chosen = outliermerge.RunOptions(threads=4)
+    assert chosen.in_parts(plan).memory_bytes == 4 * needed
+    # A part runs on as many machines as possible, with as many threads as all of these can.
+    for sizes, threads in (
+        ([], 4), ([100 * needed], 4), ([needed, 100 * needed], 4), ([100 * needed, 3 * needed], 2)
+    ):  # fmt: skip
+        monkeypatch.setattr(cluster, "memory_of_machines", lambda needs, own=sizes: own)
+        fitted = cluster.fitting_options(chosen, [plan], {"num_cpus": 4})
+        assert (fitted.threads, fitted.memory_bytes) == (threads, threads * needed), sizes
+    monkeypatch.setattr(cluster, "memory_of_machines", lambda needs: [needed, needed // 2])
+    with pytest.raises(outliermerge.ArgumentError, match="too little for tensor"):
+        cluster.fitting_options(chosen, [plan], {"num_cpus": 4})
+
+
+def test_machines_of_a_cluster_that_lack_what_a_task_needs_lend_no_memory(monkeypatch):
+    alive = {"a": {"CPU": 4, "memory": 7e9}, "b": {"CPU": 1, "memory": 9e9}, "c": {"CPU": 8}}
+    monkeypatch.setattr(cluster, "_alive", lambda: alive)
+    assert cluster.memory_of_machines({"num_cpus": 4, "num_gpus": 0}) == [7 * 10**9]
+    assert cluster.memory_of_machines({"num_cpus": 1, "num_gpus": 1}) == []

@@ -45,6 +45,50 @@ def test_a_containers_limit_is_its_memory(tmp_path, monkeypatch):
     assert machine.free_memory_bytes() == 0
 
 
+V2, V1 = "0::/job\n", "4:cpu,cpuacct:/job/step\n3:memory:/job/step\n0::/\n"
+
+
+@pytest.mark.parametrize("place", ["", "job", "job/step"])
+def test_limits_of_version_1_count_wherever_the_group_is(place, tmp_path, monkeypatch):
+    """Docker shows a container its own group as the root; Slurm gives it a name below."""
+    root, proc = tmp_path / "cgroup", tmp_path / "proc"
+    memory, cpu = root / "memory" / place, root / "cpu" / place
+    for folder in (memory, cpu, proc / "self"):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    (proc / "self/cgroup").write_text(V1)
+    monkeypatch.setattr(machine, "_CGROUP", root)
+    monkeypatch.setattr(machine, "_PROC", proc)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    (memory / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (cpu / "cpu.cfs_quota_us").write_text("-1\n")
+    (cpu / "cpu.cfs_period_us").write_text("100000\n")
+    assert (machine.free_memory_bytes(), machine.num_processors()) == (8000 * 1024, 6)
+    (memory / "memory.limit_in_bytes").write_text("1048576\n")
+    (memory / "memory.usage_in_bytes").write_text("1000000\n")
+    (memory / "memory.stat").write_text(
+        "active_file 9\ntotal_inactive_file 500000\ntotal_active_file 100000\n"
+    )
+    (cpu / "cpu.cfs_quota_us").write_text("150000\n")
+    assert (machine.free_memory_bytes(), machine.num_processors()) == (648_576, 2)
+
+
+def test_the_limits_of_all_groups_around_a_process_count(tmp_path, monkeypatch):
+    proc, job = tmp_path / "proc", tmp_path / "job"
+    (proc / "self").mkdir(parents=True)
+    job.mkdir()
+    (proc / "self/cgroup").write_text(V2)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "_PROC", proc)
+    assert machine.free_memory_bytes() is None
+    (job / "memory.max").write_text("3000000\n")
+    assert machine.free_memory_bytes() == 3_000_000
+    (tmp_path / "memory.max").write_text("2000000\n")
+    assert machine.free_memory_bytes() == 2_000_000
+    (proc / "self/cgroup").write_text("0::/../../job\n")  # seen from a namespace beside it
+    assert machine.free_memory_bytes() == 2_000_000
+
+
 def is_cached(path: Path, position: int) -> bool:
     """Tell whether a byte of a file can be read without waiting for the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -89,7 +89,9 @@ class Statistic(Protocol):
     its passes call. A statistic of a whole model has `scope = "model"`; if a parameter of the
     method says so, `scope_parameter` is its name. If `with_context` is set, `start` gets the
     tensor's context as a keyword. One whose result takes memory until the tensor is merged tells
-    how much: `held_bytes`, which is called like `start`.
+    how much: `held_bytes`, which is called like `start`. One that counts values in bins, to find
+    those of given ranks, tells of how many ranks: `num_ranks`, for a number of models and
+    parameters.
 
     Attributes:
         depends_on: names of the method's parameters that the statistic depends on.

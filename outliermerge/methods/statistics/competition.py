@@ -53,6 +53,9 @@ class Competition:
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 2 * num_searches(self, parameters)
 
+    def num_ranks(self, num_models: int, parameters: Mapping[str, Any]) -> int:
+        return 2 * num_models  # of magnitudes; then of scores, which are fewer
+
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
     ) -> Pass | list[Any]:

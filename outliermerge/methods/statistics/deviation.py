@@ -36,6 +36,9 @@ class MedianDeviation:
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return num_searches(self, parameters)
 
+    def num_ranks(self, num_models: int, parameters: Mapping[str, Any]) -> int:
+        return num_models
+
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
     ) -> Pass | list[Any]:
@@ -67,6 +70,9 @@ class Deviation:
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return self._chosen(parameters).num_passes(parameters)
+
+    def num_ranks(self, num_models: int, parameters: Mapping[str, Any]) -> int:
+        return num_models if parameters["scale"] == "mad" else 0
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]

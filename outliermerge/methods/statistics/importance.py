@@ -64,6 +64,9 @@ class Quartiles:
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 2
 
+    def num_ranks(self, num_models: int, parameters: Mapping[str, Any]) -> int:
+        return 3
+
     def start(
         self,
         num_models: int,

@@ -60,6 +60,9 @@ class Spread:
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 1
 
+    def num_ranks(self, num_models: int, parameters: Mapping[str, Any]) -> int:
+        return int(0 < parameters["select_topk"] < 1)
+
     def held_bytes(self, num_models: int, num_elements: int, parameters: Mapping[str, Any]) -> int:
         """Return the memory for what kernels list of the variances in a window, at most."""
         if not 0 < parameters["select_topk"] < 1:

@@ -58,6 +58,9 @@ class Trim:
         selects = any(0 < density < 1 for density in parameters["density"])
         return selects * (num_searches(self, parameters) + bool(parameters.get("rescale")))
 
+    def num_ranks(self, num_models: int, parameters: Mapping[str, Any]) -> int:
+        return sum(int(0 < density < 1) for density in parameters["density"])
+
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
     ) -> Pass | list[Any]:
@@ -92,6 +95,9 @@ class Middle:
         selects = any(0 < density < 1 for density in parameters["density"])
         return selects * (1 + bool(parameters["rescale"]))
 
+    def num_ranks(self, num_models: int, parameters: Mapping[str, Any]) -> int:
+        return 2 * sum(int(0 < density < 1) for density in parameters["density"])
+
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
     ) -> Pass | list[Any]:
@@ -119,11 +125,29 @@ def num_searches(need: Statistic, parameters: Mapping[str, Any]) -> int:
     return 1 if scope_of(need, parameters) == "tensor" else 2
 
 
+def is_sampled(num_elements: int) -> bool:
+    """Tell whether a tensor is so large that a sample of it is looked at first."""
+    return num_elements // CHUNK_ELEMENTS >= 4 * _NUM_SAMPLED
+
+
+def bytes_of_counters(num_elements: int, *, samples: bool) -> tuple[int, int, int]:
+    """Return the memory for the bins of one rank that is looked for in a tensor, or a model.
+
+    Returns:
+        What all threads share: bins of the highest bits, and then the finer ones that are made
+        while those are still there; what each thread takes besides, if kernels count; if torch
+        does, which counts one rank after the other.
+    """
+    first, digit = 1 << (_DIGIT_BITS - 1), 1 << _DIGIT_BITS
+    finer = _WINDOW_DIGITS * digit if samples and is_sampled(num_elements) else digit
+    return 8 * (first + finer), 4 * first, 16 * finer
+
+
 def sampled_first(whole: Search, num_elements: int) -> Search:
     """Return the search that looks at a sample of a large tensor first."""
-    num_chunks = num_elements // CHUNK_ELEMENTS
-    if num_chunks < 4 * _NUM_SAMPLED:
+    if not is_sampled(num_elements):
         return whole
+    num_chunks = num_elements // CHUNK_ELEMENTS
     chunks = tuple(i * num_chunks // _NUM_SAMPLED for i in range(_NUM_SAMPLED))
     share = len(chunks) * CHUNK_ELEMENTS / num_elements
     ranks = tuple(rank and max(1, round(rank * share)) for rank in whole.ranks)
