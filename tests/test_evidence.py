@@ -4,6 +4,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,26 @@ from scipy import stats
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from transformers import BertConfig, BertModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from evals.evidence import encoder, language, page, results, run, search_language, training, vision
+import outliermerge
+from evals.evidence import (
+    encoder,
+    from_files,
+    language,
+    page,
+    results,
+    run,
+    search_language,
+    training,
+    vision,
+)  # fmt: skip
 from evals.evidence.facts import FACTS, facts
 from evals.evidence.methods import BUDGET, LEFT_OUT, SPACES, VARIANTS, candidates, merged
 from evals.evidence.significance import holm, p_value
+from outliermerge.calibration.model import load
 from outliermerge.methods.table import EVERY
 
 STEPS = {"near": 2, "far": 4}
@@ -74,7 +89,8 @@ class TinyVision(vision.Vision):
 
     def world(self, seed):
         drawn = torch.Generator().manual_seed(seed)
-        images, labels = torch.rand(60, 28, 28, generator=drawn), torch.arange(60) % 10
+        images = torch.randint(0, 256, (60, 28, 28), generator=drawn) / 255
+        labels = torch.arange(60) % 10
         splits = {"training": (images, labels), "test": (images[:30], labels[:30])}
         return vision.VisionWorld(self.recipe, seed, dict.fromkeys(vision.SETS, splits))
 
@@ -98,23 +114,37 @@ class TinyEncoder(encoder.Encoder):
     def world(self, seed):
         torch.manual_seed(seed)
         config = BertConfig(
-            vocab_size=40, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=80, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=8,
         )  # fmt: skip
         rows = [(f"{n} " * (2 + n % 3), n % 3) for n in range(80)]
+        words = {str(n): n for n in range(80)}
+        tokenizer = Tokenizer(models.WordLevel(words, "0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return encoder.EncoderWorld(
             self.recipe,
             seed,
             BertModel(config).eval(),
-            lambda texts: [[1 + int(word) % 39 for word in text.split()] for text in texts],
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer),
             dict.fromkeys(self.tasks, rows),
         )
 
 
-@pytest.mark.parametrize(
+FAMILIES = pytest.mark.parametrize(
     "family", [TinyLanguage(), TinyVision(), TinyEncoder()], ids=lambda family: family.name
 )
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Measure few examples."""
+    for module in (language, vision, encoder, run):
+        monkeypatch.setattr(module, "MEASURED", 3)
+
+
+@FAMILIES
 def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
+    family = dataclasses.replace(family, from_files=("average+svc",))
     monkeypatch.setattr(run, "SIZES", (2,))
     monkeypatch.setattr(results, "SIZES", (2,))
     monkeypatch.setattr("evals.evidence.methods.BUDGET", 2)
@@ -128,7 +158,7 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     own = found["families"][family.name]
     assert list(own["seeds"]) == ["1", "2"]
     rows = own["seeds"]["1"]["merges"]["far/2"]["rows"]
-    assert {name.rpartition("-")[0] for name in rows} == set(COMPARED)
+    assert {name.rpartition("-")[0] for name in rows} == {*COMPARED, "average+svc"}
     text = page.report(json.loads(json.dumps(found)))
     assert "`min_sigma`" in text and "± " in text and "nan" not in text
     page.draw(found, tmp_path / "gains.png")
@@ -147,6 +177,22 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     assert both["families"][family.name]["seeds"] == own["seeds"]
     with pytest.raises(SystemExit, match=r"manpages: this machine has version 7"):
         results.with_earlier({**new, "packages": {"manpages": "7"}}, earlier)
+
+    # Rows that a seed lacks are added if the average scores the same, and committed rows stay.
+    earlier = json.loads(json.dumps(own["seeds"]["1"]))
+    for cell in earlier["merges"].values():
+        del cell["rows"]["average+svc-chosen"], cell["rows"]["ties-default"]
+        cell["rows"]["slerp-default"] = "committed"
+    again = json.loads(json.dumps(earlier))
+    (tmp_path / run.folder_of(family, 1, tmp_path) / "scores/near/2/ties-default.npz").unlink()
+    assert results.add_rows(family, "1", again, tmp_path) == ["average+svc-chosen"]
+    for name, cell in again["merges"].items():
+        added = own["seeds"]["1"]["merges"][name]["rows"]["average+svc-chosen"]
+        assert cell["rows"] == {**earlier["merges"][name]["rows"], "average+svc-chosen": added}
+    earlier["merges"]["far/2"]["rows"]["linear-default"]["scores"][0] += 1e-6
+    with pytest.raises(SystemExit, match=r"seed 1, far/2: the average scored .* other models"):
+        results.add_rows(family, "1", earlier, tmp_path)
+    run.Seed(family, 1, tmp_path).score(["ties"])
 
     # A second run finds all in the folder, and gives the same.
     def refuse(*arguments):
@@ -199,11 +245,54 @@ def test_an_encoder_in_two_halves_is_the_whole_one():
     rows = np.arange(len(part.labels))
     halves = encoder._features(world._upper(), *part.batch(rows))
     drawn = sorted((world._draw(text), text) for text, _ in world.rows["noun"])
-    (tokens,) = world.tokens_of([drawn[0][1]])
+    (tokens,) = world.tokenizer([drawn[0][1]])["input_ids"]
     with torch.inference_mode():
         whole = world.encoder(input_ids=torch.tensor([tokens])).last_hidden_state[0].mean(0)
     expected = torch.nn.functional.normalize(whole, dim=0) * len(whole) ** 0.5
     assert torch.allclose(halves[0], expected, atol=1e-5)
+
+
+@FAMILIES
+def test_the_library_measures_the_same_of_the_folder_and_samples_of_a_model(family, few, tmp_path):
+    seed = run.Seed(family, 1, tmp_path)
+    task = family.tasks[1]
+    state = seed.tuned(task)["far"]
+    wanted = seed.measured(task, "far")["gram"]
+    seed.world.save(state, tmp_path / "model")
+    opened = seed.world.opened(tmp_path / "model")
+    assert all(torch.allclose(opened[name], each) for name, each in state.items())
+    samples = from_files.Folders(seed.world, state, [], [], tmp_path)._samples(task)
+    outliermerge.measure(tmp_path / "model", samples, output=tmp_path / "out", statistics="gram")
+    found = {}
+    for path in (tmp_path / "out" / "gram").glob("*.safetensors"):
+        found |= load_file(path)
+    names = load(str(tmp_path / "model"), device="cpu", what="").names
+    for name, each in wanted.items():
+        (stored,) = (own for n, own in names.items() if n.endswith(seed.world.stored_as(name)))
+        assert torch.allclose(found[stored], each, rtol=1e-3, atol=1e-5), name
+
+
+@FAMILIES
+def test_merges_of_files_are_of_the_models(family, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(outliermerge, "fit", partial(outliermerge.fit, steps=1, batch=1))
+    seed = run.Seed(family, 1, tmp_path)
+    tasks = family.tasks[:2]
+    base, models = seed.base()["state"], [seed.tuned(task)["far"] for task in tasks]
+    mean = merged("linear", base, models, {}, 1, lambda: [])
+    folders = from_files.Folders(seed.world, base, models, tasks, tmp_path)
+    for method in family.from_files:
+        parameters = candidates(from_files.SPACES[method])[-1]
+        found = folders.merged(method, parameters)
+        assert found.keys() == base.keys()
+        assert all(found[n].shape == base[n].shape and found[n].isfinite().all() for n in base)
+        assert any(not torch.allclose(found[n], mean[n], atol=1e-4) for n in base), method
+        if method in ("average+svc", "regmean++"):  # what is no matrix is averaged
+            assert all(torch.allclose(found[n], mean[n], atol=1e-5) for n in base if "norm" in n)
+    found = folders.merged("task_arithmetic+lines", {"lambda": 0.5})
+    share = {"language": 0.5, "vision": 0.5, "encoder": 1.0}[family.name]  # of the only layer
+    for name, each in base.items():
+        wanted = each + share * (mean[name] - each)
+        assert torch.allclose(found[name], wanted, atol=1e-5), name
 
 
 def test_a_page_is_in_one_split_only_and_with_its_translations():
@@ -244,9 +333,7 @@ def test_what_is_tried_of_a_method_is_within_its_budget_and_merges(method):
     assert all(each.isfinite().all() for each in found)
 
 
-@pytest.mark.parametrize(
-    "family", [TinyLanguage(), TinyVision(), TinyEncoder()], ids=lambda family: family.name
-)
+@FAMILIES
 def test_statistics_are_those_of_a_calculation_by_hand(family, tmp_path):
     seed = run.Seed(family, 1, tmp_path)
     task = family.tasks[0]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
@@ -16,8 +18,9 @@ from transformers.utils import logging
 
 from demo.fetch import fetch
 from evals.evidence import texts
+from evals.evidence.from_files import SPACES
 from evals.evidence.packages import cache
-from evals.evidence.training import State, copied, fit
+from evals.evidence.training import MEASURED, State, copied, fit
 
 Rows = list[tuple[str, int]]
 
@@ -49,6 +52,8 @@ class Encoder:
     joint_steps: int = 400
     lower_is_better: bool = False
     factor: float = 100.0
+    # AdaMerging is of one model with one head.
+    from_files: tuple[str, ...] = tuple(name for name in SPACES if name != "adamerging")
 
     def world(self, seed: int) -> EncoderWorld:
         """Read the model and the texts."""
@@ -60,15 +65,16 @@ class Encoder:
             self.recipe,
             seed,
             AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
-            lambda sentences: tokenizer(sentences)["input_ids"],
+            tokenizer,
             {task: texts.read(task) for task in self.tasks},
         )
 
 
 @dataclass
 class Part:
-    """A split of a task: what the lower layers make of the texts, and the texts' classes."""
+    """A split of a task: texts, what the lower layers make of them, and their classes."""
 
+    texts: list[str]
     states_NTD: Tensor
     lengths: np.ndarray
     labels: Tensor
@@ -90,7 +96,7 @@ class EncoderWorld:
     recipe: Recipe
     seed: int
     encoder: Any
-    tokens_of: Callable[[list[str]], list[list[int]]]
+    tokenizer: Any
     rows: dict[str, Rows]
 
     def base(self) -> dict[str, Any]:
@@ -112,6 +118,29 @@ class EncoderWorld:
         """Return the upper layers, and what gives their loss for one text after the other."""
         upper = self._upper(state)
         return upper, self._loss(upper, base, [task], f"measured {task}", 1)
+
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """Return the first of these texts."""
+        drawn = np.random.default_rng([self.seed, *f"measured {task}".encode()])
+        texts = self._part(task, "training").texts
+        return [{"text": texts[int(drawn.integers(0, len(texts), 1)[0])]} for _ in range(MEASURED)]
+
+    def save(self, state: State, folder: Path) -> None:
+        """Write the whole encoder with its tokenizer."""
+        self._upper(state)  # it is in the encoder
+        self.encoder.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def opened(self, folder: Path) -> State:
+        """Return the upper layers of a merge."""
+        tensors = load_file(folder / "model.safetensors")
+        return {name: tensors[self.stored_as(name)] for name in self._start}
+
+    def stored_as(self, name: str) -> str:
+        """Return the name with the number that the layer has in the whole encoder."""
+        layer, _, rest = name.partition(".")
+        lower = self.encoder.config.num_hidden_layers - self.recipe.tuned_layers
+        return f"encoder.layer.{lower + int(layer)}.{rest}"
 
     def _loss(
         self,
@@ -173,7 +202,7 @@ class EncoderWorld:
         least, limit = {"test": (0, 0.3), "validation": (0.3, 0.4), "training": (0.4, 1)}[split]
         # Six times as many as are needed, since some are too long.
         drawn = [row for row in drawn if least <= row[0] < limit][: 6 * most]
-        tokens = self.tokens_of([text for _, text, _ in drawn])
+        tokens = self.tokenizer([text for _, text, _ in drawn])["input_ids"]
         short = [n for n, each in enumerate(tokens) if len(each) <= recipe.max_tokens][:most]
         lengths = np.array([len(tokens[n]) for n in short])
         ids_NT = torch.zeros(len(short), recipe.max_tokens, dtype=torch.long)
@@ -186,7 +215,7 @@ class EncoderWorld:
         for ids, mask in zip(ids_NT.split(64), mask_NT.split(64), strict=True):
             states.append(_through(lower, self.encoder.embeddings(input_ids=ids), mask))
         labels = torch.tensor([drawn[n][2] for n in short])
-        return Part(torch.cat(states), lengths, labels)
+        return Part([drawn[n][1] for n in short], torch.cat(states), lengths, labels)
 
     def _draw(self, text: str) -> float:
         digest = hashlib.sha256(f"{self.seed} {text}".encode()).digest()

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from evals.evidence import from_files
 from evals.evidence.facts import FACTS
 from evals.evidence.methods import SPACES, VARIANTS
 from evals.evidence.results import AVERAGE, RESULTS
@@ -111,10 +112,12 @@ def table(title: str, family: Family, kind: str) -> str:
     lines = ["| over the average | " + " | ".join(heads) + " |", "|:--|" + "--:|" * len(columns)]
     controls = ["base", "task model", "joint"] if kind == "default" else []
     shown = [(name, name) for name in controls]
-    shown += [(written(name), f"{name}-{kind}") for name in SPACES if name != "linear"]
+    methods = [name for name in (*SPACES, *from_files.SPACES) if name != "linear"]
+    shown += [(written(name), f"{name}-{kind}") for name in methods]
+    num = len(family["seeds"])
     best = {
         cell: max(
-            (row for _, row in shown[len(controls) :] if gains(family, cell, row)),
+            (row for _, row in shown[len(controls) :] if len(gains(family, cell, row)) == num),
             key=lambda row: statistics.fmean(gains(family, cell, row)),
         )
         for cell in columns
@@ -122,6 +125,8 @@ def table(title: str, family: Family, kind: str) -> str:
     for label, row in shown:
         texts = [_cell(title, family, cell, row) for cell in columns]
         if set(texts) != {"–"}:
+            own = max(len(gains(family, cell, row)) for cell in columns)
+            label += f" ({own} seeds)" * (own < num)
             marked = [
                 f"**{text}**" if best[cell] == row else text
                 for cell, text in zip(columns, texts, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ State = dict[str, Tensor]
 Statistics = dict[str, State]  # by kind: `gram`, `fisher`
 
 BETAS, WEIGHT_DECAY, CLIP, WARMUP_STEPS = (0.9, 0.95), 0.05, 1.0, 20
+MEASURED = 128  # training examples of a task, for methods that run models over data
 
 
 class World(Protocol):
@@ -39,6 +41,25 @@ class World(Protocol):
         """Return a model, and what gives its loss for one training example after the other."""
         ...
 
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """Return the first of these examples as `outliermerge measure` takes them.
+
+        An image is a PNG's bytes as `image`.
+        """
+        ...
+
+    def save(self, state: State, folder: Path) -> None:
+        """Write a model into a new folder as transformers opens it, with what reads samples."""
+        ...
+
+    def opened(self, folder: Path) -> State:
+        """Return the tensors of a merge of such models."""
+        ...
+
+    def stored_as(self, name: str) -> str:
+        """Return a tensor's name in the whole model, which tells its layer."""
+        ...
+
 
 class Family(Protocol):
     """Models of one kind, which differ by seed.
@@ -51,6 +72,7 @@ class Family(Protocol):
         joint_steps: of the training on all tasks of a merge at once.
         lower_is_better: of scores.
         factor: what a score is multiplied by in tables.
+        from_files: the rows of `from_files.SPACES` that it can have.
     """
 
     name: str
@@ -60,6 +82,7 @@ class Family(Protocol):
     joint_steps: int
     lower_is_better: bool
     factor: float
+    from_files: tuple[str, ...]
 
     def world(self, seed: int) -> World:
         """Load the data of a seed."""
