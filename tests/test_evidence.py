@@ -142,13 +142,18 @@ def few(monkeypatch):
         monkeypatch.setattr(module, "MEASURED", 3)
 
 
-@FAMILIES
-def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
-    family = dataclasses.replace(family, from_files=("average+svc",))
+@pytest.fixture
+def small(monkeypatch):
+    """Merge two models, by few methods with few parameters."""
     monkeypatch.setattr(run, "SIZES", (2,))
     monkeypatch.setattr(results, "SIZES", (2,))
     monkeypatch.setattr("evals.evidence.methods.BUDGET", 2)
     monkeypatch.setattr(run, "methods_of", lambda size: COMPARED)
+
+
+@FAMILIES
+def test_a_family_goes_from_its_base_to_the_page(family, small, tmp_path, monkeypatch):
+    family = dataclasses.replace(family, from_files=())
     for number in (1, 2):
         seed = run.Seed(family, number, tmp_path)
         seed.train()
@@ -158,7 +163,7 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     own = found["families"][family.name]
     assert list(own["seeds"]) == ["1", "2"]
     rows = own["seeds"]["1"]["merges"]["far/2"]["rows"]
-    assert {name.rpartition("-")[0] for name in rows} == {*COMPARED, "average+svc"}
+    assert {name.rpartition("-")[0] for name in rows} == set(COMPARED)
     text = page.report(json.loads(json.dumps(found)))
     assert "`min_sigma`" in text and "± " in text and "nan" not in text
     page.draw(found, tmp_path / "gains.png")
@@ -178,22 +183,6 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"manpages: this machine has version 7"):
         results.with_earlier({**new, "packages": {"manpages": "7"}}, earlier)
 
-    # Rows that a seed lacks are added if the average scores the same, and committed rows stay.
-    earlier = json.loads(json.dumps(own["seeds"]["1"]))
-    for cell in earlier["merges"].values():
-        del cell["rows"]["average+svc-chosen"], cell["rows"]["ties-default"]
-        cell["rows"]["slerp-default"] = "committed"
-    again = json.loads(json.dumps(earlier))
-    (tmp_path / run.folder_of(family, 1, tmp_path) / "scores/near/2/ties-default.npz").unlink()
-    assert results.add_rows(family, "1", again, tmp_path) == ["average+svc-chosen"]
-    for name, cell in again["merges"].items():
-        added = own["seeds"]["1"]["merges"][name]["rows"]["average+svc-chosen"]
-        assert cell["rows"] == {**earlier["merges"][name]["rows"], "average+svc-chosen": added}
-    earlier["merges"]["far/2"]["rows"]["linear-default"]["scores"][0] += 1e-6
-    with pytest.raises(SystemExit, match=r"seed 1, far/2: the average scored .* other models"):
-        results.add_rows(family, "1", earlier, tmp_path)
-    run.Seed(family, 1, tmp_path).score(["ties"])
-
     # A second run finds all in the folder, and gives the same.
     def refuse(*arguments):
         raise AssertionError("made again")
@@ -204,6 +193,38 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     again.train()
     again.score()
     assert results.collect([family], tmp_path, (1, 2, 3)) == found
+
+
+def test_rows_are_added_to_a_seed_whose_average_scores_the_same(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "methods_of", lambda size: ("linear", "ties"))
+    monkeypatch.setitem(run.SPACES_OF, "average+svc", {})
+    family = dataclasses.replace(TinyEncoder(), tasks=("noun", "verb"), from_files=())
+    for number in (1, 2):
+        run.Seed(family, number, tmp_path).score()
+    found = json.loads(json.dumps(results.collect([family], tmp_path, (1, 2))))
+    seeds = found["families"][family.name]["seeds"]
+
+    family = dataclasses.replace(family, from_files=("average+svc",))
+    for number in (1, 2):
+        run.Seed(family, number, tmp_path).score(["average+svc"])
+    complete = results.collect([family], tmp_path, (1,))["families"][family.name]["seeds"]["1"]
+    for cell in seeds["1"]["merges"].values():  # what is there stays
+        cell["rows"]["ties-default"] = cell["rows"]["ties-chosen"]
+    before = json.loads(json.dumps(seeds["1"]["merges"]))
+    assert results.add_rows(family, "1", seeds["1"], tmp_path) == ["average+svc-default"]
+    for name, cell in seeds["1"]["merges"].items():
+        added = complete["merges"][name]["rows"]["average+svc-default"]
+        assert cell["rows"] == {**before[name]["rows"], "average+svc-default": added}
+    assert results.add_rows(family, "1", seeds["1"], tmp_path) == []
+
+    # A row says of how many seeds it is; seed 2 is of other models.
+    table = page.table("encoder", found["families"]["encoder"], "chosen")
+    assert "| `average+svc` (1 of 2 seeds) |" in table and "| `ties` |" in table
+    seeds["2"]["merges"]["far/2"]["rows"]["linear-default"]["scores"][0] += 1e-6
+    with pytest.raises(SystemExit, match=r"seed 2, far/2: the average scored .* other models"):
+        results.add_rows(family, "2", seeds["2"], tmp_path)
+    (run.folder_of(family, 2, tmp_path) / "scores/far/2/average+svc-default.npz").unlink()
+    assert results.add_rows(family, "2", seeds["2"], tmp_path) == []  # not of all settings
 
 
 @pytest.mark.faults  # it runs a command

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +73,7 @@ class Folders:
 
         return self._files(save, [self._samples(task) for task in self.tasks])
 
-    def _files(self, save: Any, data: list[Path]) -> Files:
+    def _files(self, save: Callable[[State, str], Path], data: list[Path]) -> Files:
         models = [save(state, task) for state, task in zip(self.models, self.tasks, strict=True)]
         return Files(save(self.base, "base"), models, data)
 

@@ -126,7 +126,7 @@ def table(title: str, family: Family, kind: str) -> str:
         texts = [_cell(title, family, cell, row) for cell in columns]
         if set(texts) != {"–"}:
             own = max(len(gains(family, cell, row)) for cell in columns)
-            label += f" ({own} seeds)" * (own < num)
+            label += f" ({own} of {num} seeds)" * (own < num)
             marked = [
                 f"**{text}**" if best[cell] == row else text
                 for cell, text in zip(columns, texts, strict=True)
@@ -250,10 +250,10 @@ INTRODUCTION = """\
 
 A language model on bytes whose fine-tunes learn other languages, a vision transformer, and the
 upper layers of all-MiniLM-L6-v2: 2, 4 and 6 task models of each, near to the base and farther from
-it, merged by every method of the package. What is trained on what, what is scored, and how
-parameters are chosen: [evals/evidence](../evals/evidence/README.md). `make evidence` trains and
-scores all of it; `python evals/evidence/page.py` writes what follows, and the figure, from
-[the committed results](../evals/evidence/results.json)."""
+it, merged by every method of the package, and by modifiers after two of them. What is trained on
+what, what is scored, and how parameters are chosen: [evals/evidence](../evals/evidence/README.md).
+`make evidence` trains and scores all of it; `python evals/evidence/page.py` writes what follows,
+and the figure, from [the committed results](../evals/evidence/results.json)."""
 
 
 def report(results: Mapping[str, Any]) -> str:
@@ -296,7 +296,9 @@ def _parts(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         "Mean over settings, ± one standard error over seeds; in brackets the number of settings "
         "in which min-σ's mean is better : worse. Bold where Student's t over the seeds tells the "
-        f"difference from 0 at {LEVEL}, after Holm's correction for all comparisons of a table."
+        f"difference from 0 at {LEVEL}, after Holm's correction for all comparisons of a table. "
+        f"{', '.join(f'`{name}`' for name in from_files.SPACES)} were scored later: they are not "
+        "compared with min-σ here, so that the correction is for the same comparisons as before."
     )
     yield "### What the task vectors are like"
     yield facts_table(families)

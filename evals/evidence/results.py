@@ -137,21 +137,20 @@ def add_rows(family: Family, seed: str, result: Mapping[str, Any], root: Path) -
     sizes = {cell: int(cell.partition("/")[2]) for cell in there}
     lacks = {cell: set(rows_of(family, sizes[cell])) - set(known[cell]) for cell in there}
     unfinished = {name for cell, names in lacks.items() for name in names - set(there[cell])}
-    added: set[str] = set()
-    for cell, names in lacks.items():
-        if not (new := names - unfinished):
-            continue
+    new = {cell: names - unfinished for cell, names in lacks.items() if names - unfinished}
+    added = sorted(set().union(*new.values()))
+    for cell in new:
         before, now = (every[cell][AVERAGE]["scores"] for every in (known, there))
         if before != now:
             raise SystemExit(
                 f"{family.name}, seed {seed}, {cell}: the average scored {before} in results.json, "
-                f"and {now} here, so that {', '.join(sorted(new))} would be of other models. "
-                "Remove results.json and make all seeds anew"
+                f"and {now} here, so that {', '.join(added)} would be of other models. Remove "
+                "results.json and make all seeds anew"
             )
-        rows = {**known[cell], **{name: there[cell][name] for name in new}}
+    for cell, names in new.items():
+        rows = {**known[cell], **{name: there[cell][name] for name in names}}
         result["merges"][cell]["rows"] = dict(sorted(rows.items()))
-        added |= new
-    return sorted(added)
+    return added
 
 
 def with_earlier(found: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
