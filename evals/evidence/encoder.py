@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
@@ -18,9 +16,9 @@ from transformers.utils import logging
 
 from demo.fetch import fetch
 from evals.evidence import texts
-from evals.evidence.from_files import SPACES
+from evals.evidence.from_files import MODIFIERS
 from evals.evidence.packages import cache
-from evals.evidence.training import MEASURED, State, copied, fit
+from evals.evidence.training import State, copied, fit
 
 Rows = list[tuple[str, int]]
 
@@ -52,8 +50,8 @@ class Encoder:
     joint_steps: int = 400
     lower_is_better: bool = False
     factor: float = 100.0
-    # AdaMerging is of one model with one head.
-    from_files: tuple[str, ...] = tuple(name for name in SPACES if name != "adamerging")
+    # `measure` would run and merge the whole encoder, which takes too long; it has several heads.
+    from_files: tuple[str, ...] = tuple(MODIFIERS)
 
     def world(self, seed: int) -> EncoderWorld:
         """Read the model and the texts."""
@@ -65,16 +63,15 @@ class Encoder:
             self.recipe,
             seed,
             AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
-            tokenizer,
+            lambda sentences: tokenizer(sentences)["input_ids"],
             {task: texts.read(task) for task in self.tasks},
         )
 
 
 @dataclass
 class Part:
-    """A split of a task: texts, what the lower layers make of them, and their classes."""
+    """A split of a task: what the lower layers make of the texts, and the texts' classes."""
 
-    texts: list[str]
     states_NTD: Tensor
     lengths: np.ndarray
     labels: Tensor
@@ -96,7 +93,7 @@ class EncoderWorld:
     recipe: Recipe
     seed: int
     encoder: Any
-    tokenizer: Any
+    tokens_of: Callable[[list[str]], list[list[int]]]
     rows: dict[str, Rows]
 
     def base(self) -> dict[str, Any]:
@@ -118,23 +115,6 @@ class EncoderWorld:
         """Return the upper layers, and what gives their loss for one text after the other."""
         upper = self._upper(state)
         return upper, self._loss(upper, base, [task], f"measured {task}", 1)
-
-    def samples(self, task: str) -> list[dict[str, Any]]:
-        """Return the first of these texts."""
-        drawn = np.random.default_rng([self.seed, *f"measured {task}".encode()])
-        texts = self._part(task, "training").texts
-        return [{"text": texts[int(drawn.integers(0, len(texts), 1)[0])]} for _ in range(MEASURED)]
-
-    def save(self, state: State, folder: Path) -> None:
-        """Write the whole encoder with its tokenizer."""
-        self._upper(state)  # it is in the encoder
-        self.encoder.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def opened(self, folder: Path) -> State:
-        """Return the upper layers of a merge."""
-        tensors = load_file(folder / "model.safetensors")
-        return {name: tensors[self.stored_as(name)] for name in self._start}
 
     def stored_as(self, name: str) -> str:
         """Return the name with the number that the layer has in the whole encoder."""
@@ -202,7 +182,7 @@ class EncoderWorld:
         least, limit = {"test": (0, 0.3), "validation": (0.3, 0.4), "training": (0.4, 1)}[split]
         # Six times as many as are needed, since some are too long.
         drawn = [row for row in drawn if least <= row[0] < limit][: 6 * most]
-        tokens = self.tokenizer([text for _, text, _ in drawn])["input_ids"]
+        tokens = self.tokens_of([text for _, text, _ in drawn])
         short = [n for n, each in enumerate(tokens) if len(each) <= recipe.max_tokens][:most]
         lengths = np.array([len(tokens[n]) for n in short])
         ids_NT = torch.zeros(len(short), recipe.max_tokens, dtype=torch.long)
@@ -215,7 +195,7 @@ class EncoderWorld:
         for ids, mask in zip(ids_NT.split(64), mask_NT.split(64), strict=True):
             states.append(_through(lower, self.encoder.embeddings(input_ids=ids), mask))
         labels = torch.tensor([drawn[n][2] for n in short])
-        return Part([drawn[n][1] for n in short], torch.cat(states), lengths, labels)
+        return Part(torch.cat(states), lengths, labels)
 
     def _draw(self, text: str) -> float:
         digest = hashlib.sha256(f"{self.seed} {text}".encode()).digest()

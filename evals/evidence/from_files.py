@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 
@@ -26,9 +26,32 @@ OVER_DATA: dict[str, dict[str, Any]] = {"regmean++": {}, "adamerging": {}}
 SPACES = MODIFIERS | OVER_DATA
 
 
+class MeasuredWorld(World, Protocol):
+    """A world of models that the library itself can run over data."""
+
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """Return training examples as `outliermerge measure` takes them, `image` as a PNG's bytes.
+
+        They are the first of `examples`.
+        """
+        ...
+
+    def save(self, state: State, folder: Path) -> None:
+        """Write a model into a new folder as transformers opens it, with what reads samples."""
+        ...
+
+    def opened(self, folder: Path) -> State:
+        """Return the tensors of a merge of such models."""
+        ...
+
+
 @dataclass
 class Folders:
-    """Task models as files, which are written into `place` when a merge is made of them."""
+    """Task models as files, which are written into `place` when a merge is made of them.
+
+    Attributes:
+        world: a `MeasuredWorld` where a method of `OVER_DATA` merges.
+    """
 
     world: World
     base: State

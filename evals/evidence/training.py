@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,21 +38,6 @@ class World(Protocol):
         self, base: dict[str, Any], state: State, task: str
     ) -> tuple[nn.Module, Callable[[int], Tensor]]:
         """Return a model, and what gives its loss for one training example after the other."""
-        ...
-
-    def samples(self, task: str) -> list[dict[str, Any]]:
-        """Return the first of these examples as `outliermerge measure` takes them.
-
-        An image is a PNG's bytes as `image`.
-        """
-        ...
-
-    def save(self, state: State, folder: Path) -> None:
-        """Write a model into a new folder as transformers opens it, with what reads samples."""
-        ...
-
-    def opened(self, folder: Path) -> State:
-        """Return the tensors of a merge of such models."""
         ...
 
     def stored_as(self, name: str) -> str:
