@@ -223,6 +223,13 @@ def test_rows_are_added_to_a_seed_whose_average_scores_the_same(small, tmp_path,
     assert results.add_rows(family, "2", seeds["2"], tmp_path) == []  # not of all settings
 
 
+def test_a_default_stands_for_what_is_chosen_only_where_there_is_nothing_to_choose():
+    rows = {"ties-default": "of ties", "karcher-default": "of karcher"}
+    seed = {"merges": {"far/2": {"rows": rows}}}
+    assert page.row_of({}, seed, "far/2", "karcher-chosen") == "of karcher"
+    assert page.row_of({}, seed, "far/2", "ties-chosen") is None
+
+
 @pytest.mark.faults  # it runs a command
 def test_a_search_of_a_family_is_confirmed_on_test_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(search_language, "FAMILIES", {"language": TinyLanguage()})

@@ -19,6 +19,7 @@ from evals.evidence import from_files
 from evals.evidence.facts import FACTS
 from evals.evidence.methods import SPACES, VARIANTS
 from evals.evidence.results import AVERAGE, RESULTS
+from evals.evidence.run import SPACES_OF
 from evals.evidence.significance import holm, mean_and_error, p_value, rank_correlation
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -59,8 +60,10 @@ def row_of(family: Family, seed: Mapping[str, Any], cell: str, name: str) -> Any
         best = min if family["lower_is_better"] else max
         return {"scores": best(own, key=statistics.fmean)}
     rows = seed["merges"][cell]["rows"]
-    # A method that has nothing to choose is what it is by default.
-    return rows.get(name) or rows.get(name.replace("-chosen", "-default"))
+    method, _, kind = name.rpartition("-")
+    if kind == "chosen" and not SPACES_OF[method]:  # what has nothing to choose is as by default
+        kind = "default"
+    return rows.get(f"{method}-{kind}")
 
 
 def gains(family: Family, cell: str, name: str, over: str = AVERAGE) -> list[float]:
@@ -112,8 +115,7 @@ def table(title: str, family: Family, kind: str) -> str:
     lines = ["| over the average | " + " | ".join(heads) + " |", "|:--|" + "--:|" * len(columns)]
     controls = ["base", "task model", "joint"] if kind == "default" else []
     shown = [(name, name) for name in controls]
-    methods = [name for name in (*SPACES, *from_files.SPACES) if name != "linear"]
-    shown += [(written(name), f"{name}-{kind}") for name in methods]
+    shown += [(written(name), f"{name}-{kind}") for name in SPACES_OF if name != "linear"]
     num = len(family["seeds"])
     best = {
         cell: max(
