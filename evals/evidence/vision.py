@@ -83,8 +83,7 @@ class Vision:
     joint_steps: int = 800
     lower_is_better: bool = False
     factor: float = 100.0
-    # AdaMerging is of one model with one head.
-    from_files: tuple[str, ...] = tuple(name for name in SPACES if name != "adamerging")
+    from_files: tuple[str, ...] = tuple(SPACES)
 
     def world(self, seed: int) -> VisionWorld:
         """Read the images."""
