@@ -14,12 +14,25 @@ from scipy import stats
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from evals.evidence import encoder, language, page, results, run, search_language, training, vision
+import outliermerge
+from evals.evidence import (
+    encoder,
+    from_files,
+    language,
+    page,
+    results,
+    run,
+    search_language,
+    training,
+    vision,
+)
 from evals.evidence.facts import FACTS, facts
 from evals.evidence.methods import BUDGET, LEFT_OUT, SPACES, VARIANTS, candidates, merged
 from evals.evidence.significance import holm, p_value
+from outliermerge.calibration.model import load
 from outliermerge.methods.table import EVERY
 
 STEPS = {"near": 2, "far": 4}
@@ -74,7 +87,8 @@ class TinyVision(vision.Vision):
 
     def world(self, seed):
         drawn = torch.Generator().manual_seed(seed)
-        images, labels = torch.rand(60, 28, 28, generator=drawn), torch.arange(60) % 10
+        images = torch.randint(0, 256, (60, 28, 28), generator=drawn) / 255
+        labels = torch.arange(60) % 10
         splits = {"training": (images, labels), "test": (images[:30], labels[:30])}
         return vision.VisionWorld(self.recipe, seed, dict.fromkeys(vision.SETS, splits))
 
@@ -111,14 +125,30 @@ class TinyEncoder(encoder.Encoder):
         )
 
 
-@pytest.mark.parametrize(
+FAMILIES = pytest.mark.parametrize(
     "family", [TinyLanguage(), TinyVision(), TinyEncoder()], ids=lambda family: family.name
 )
-def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Measure few examples."""
+    for module in (language, vision, run):
+        monkeypatch.setattr(module, "MEASURED", 3)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Merge two models, by few methods with few parameters."""
     monkeypatch.setattr(run, "SIZES", (2,))
     monkeypatch.setattr(results, "SIZES", (2,))
     monkeypatch.setattr("evals.evidence.methods.BUDGET", 2)
     monkeypatch.setattr(run, "methods_of", lambda size: COMPARED)
+
+
+@FAMILIES
+def test_a_family_goes_from_its_base_to_the_page(family, small, tmp_path, monkeypatch):
+    family = dataclasses.replace(family, from_files=())
     for number in (1, 2):
         seed = run.Seed(family, number, tmp_path)
         seed.train()
@@ -158,6 +188,45 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     again.train()
     again.score()
     assert results.collect([family], tmp_path, (1, 2, 3)) == found
+
+
+def test_rows_are_added_to_a_seed_whose_average_scores_the_same(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "methods_of", lambda size: ("linear", "ties"))
+    monkeypatch.setitem(run.SPACES_OF, "average+svc", {})
+    family = dataclasses.replace(TinyEncoder(), tasks=("noun", "verb"), from_files=())
+    for number in (1, 2):
+        run.Seed(family, number, tmp_path).score()
+    found = json.loads(json.dumps(results.collect([family], tmp_path, (1, 2))))
+    seeds = found["families"][family.name]["seeds"]
+
+    family = dataclasses.replace(family, from_files=("average+svc",))
+    for number in (1, 2):
+        run.Seed(family, number, tmp_path).score(["average+svc"])
+    complete = results.collect([family], tmp_path, (1,))["families"][family.name]["seeds"]["1"]
+    for cell in seeds["1"]["merges"].values():  # what is there stays
+        cell["rows"]["ties-default"] = cell["rows"]["ties-chosen"]
+    before = json.loads(json.dumps(seeds["1"]["merges"]))
+    assert results.add_rows(family, "1", seeds["1"], tmp_path) == ["average+svc-default"]
+    for name, cell in seeds["1"]["merges"].items():
+        added = complete["merges"][name]["rows"]["average+svc-default"]
+        assert cell["rows"] == {**before[name]["rows"], "average+svc-default": added}
+    assert results.add_rows(family, "1", seeds["1"], tmp_path) == []
+
+    # A row says of how many seeds it is; seed 2 is of other models.
+    table = page.table("encoder", found["families"]["encoder"], "chosen")
+    assert "| `average+svc` (1 of 2 seeds) |" in table and "| `ties` |" in table
+    seeds["2"]["merges"]["far/2"]["rows"]["linear-default"]["scores"][0] += 1e-6
+    with pytest.raises(SystemExit, match=r"seed 2, far/2: the average scored .* other models"):
+        results.add_rows(family, "2", seeds["2"], tmp_path)
+    (run.folder_of(family, 2, tmp_path) / "scores/far/2/average+svc-default.npz").unlink()
+    assert results.add_rows(family, "2", seeds["2"], tmp_path) == []  # not of all settings
+
+
+def test_a_default_stands_for_what_is_chosen_only_where_there_is_nothing_to_choose():
+    rows = {"ties-default": "of ties", "karcher-default": "of karcher"}
+    seed = {"merges": {"far/2": {"rows": rows}}}
+    assert page.row_of({}, seed, "far/2", "karcher-chosen") == "of karcher"
+    assert page.row_of({}, seed, "far/2", "ties-chosen") is None
 
 
 @pytest.mark.faults  # it runs a command
@@ -206,6 +275,48 @@ def test_an_encoder_in_two_halves_is_the_whole_one():
     assert torch.allclose(halves[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [TinyLanguage(), TinyVision()], ids=lambda family: family.name)
+def test_the_library_measures_the_same_of_the_folder_and_samples_of_a_model(family, few, tmp_path):
+    seed = run.Seed(family, 1, tmp_path)
+    task = family.tasks[1]
+    state = seed.tuned(task)["far"]
+    wanted = seed.measured(task, "far")["gram"]
+    seed.world.save(state, tmp_path / "model")
+    opened = seed.world.opened(tmp_path / "model")
+    assert all(torch.allclose(opened[name], each) for name, each in state.items())
+    samples = from_files.Folders(seed.world, state, [], [], tmp_path)._samples(task)
+    outliermerge.measure(tmp_path / "model", samples, output=tmp_path / "out", statistics="gram")
+    found = {}
+    for path in (tmp_path / "out" / "gram").glob("*.safetensors"):
+        found |= load_file(path)
+    names = load(str(tmp_path / "model"), device="cpu", what="").names
+    for name, each in wanted.items():
+        (stored,) = (own for n, own in names.items() if n.endswith(seed.world.stored_as(name)))
+        assert torch.allclose(found[stored], each, rtol=1e-3, atol=1e-5), name
+
+
+@FAMILIES
+def test_merges_of_files_are_of_the_models(family, few, tmp_path):
+    seed = run.Seed(family, 1, tmp_path)
+    tasks = family.tasks[:2]
+    base, models = seed.base()["state"], [seed.tuned(task)["far"] for task in tasks]
+    mean = merged("linear", base, models, {}, 1, lambda: [])
+    folders = from_files.Folders(seed.world, base, models, tasks, tmp_path)
+    for method in family.from_files:
+        parameters = candidates(from_files.SPACES[method])[-1]
+        found = folders.merged(method, parameters)
+        assert found.keys() == base.keys()
+        assert all(found[n].shape == base[n].shape and found[n].isfinite().all() for n in base)
+        assert any(not torch.allclose(found[n], mean[n], atol=1e-4) for n in base), method
+        if method in ("average+svc", "regmean++"):  # what is no matrix is averaged
+            assert all(torch.allclose(found[n], mean[n], atol=1e-5) for n in base if "norm" in n)
+    found = folders.merged("task_arithmetic+lines", {"lambda": 0.5})
+    share = {"language": 0.5, "vision": 0.5, "encoder": 1.0}[family.name]  # of the only layer
+    for name, each in base.items():
+        wanted = each + share * (mean[name] - each)
+        assert torch.allclose(found[name], wanted, atol=1e-5), name
+
+
 def test_a_page_is_in_one_split_only_and_with_its_translations():
     pages = {f"man1/{number}.1.gz": f"page {number} ".encode() * 40 for number in range(300)}
     translated = {name: text.replace(b"page", b"Seite") for name, text in pages.items()}
@@ -244,9 +355,7 @@ def test_what_is_tried_of_a_method_is_within_its_budget_and_merges(method):
     assert all(each.isfinite().all() for each in found)
 
 
-@pytest.mark.parametrize(
-    "family", [TinyLanguage(), TinyVision(), TinyEncoder()], ids=lambda family: family.name
-)
+@FAMILIES
 def test_statistics_are_those_of_a_calculation_by_hand(family, tmp_path):
     seed = run.Seed(family, 1, tmp_path)
     task = family.tasks[0]

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from demo.fetch import fetch
 from evals.evidence import texts
+from evals.evidence.from_files import MODIFIERS
 from evals.evidence.packages import cache
 from evals.evidence.training import State, copied, fit
 
@@ -49,6 +50,8 @@ class Encoder:
     joint_steps: int = 400
     lower_is_better: bool = False
     factor: float = 100.0
+    # `measure` would run and merge the whole encoder, which takes too long.
+    from_files: tuple[str, ...] = tuple(MODIFIERS)
 
     def world(self, seed: int) -> EncoderWorld:
         """Read the model and the texts."""
@@ -112,6 +115,12 @@ class EncoderWorld:
         """Return the upper layers, and what gives their loss for one text after the other."""
         upper = self._upper(state)
         return upper, self._loss(upper, base, [task], f"measured {task}", 1)
+
+    def stored_as(self, name: str) -> str:
+        """Return the name with the number that the layer has in the whole encoder."""
+        layer, _, rest = name.partition(".")
+        lower = self.encoder.config.num_hidden_layers - self.recipe.tuned_layers
+        return f"encoder.layer.{lower + int(layer)}.{rest}"
 
     def _loss(
         self,

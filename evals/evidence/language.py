@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from evals.evidence.from_files import SPACES
 from evals.evidence.packages import debian
-from evals.evidence.training import State, copied, fit
+from evals.evidence.training import MEASURED, State, copied, fit
 
 PACKAGES = {
     "english": ("manpages", "manpages-dev"),
@@ -61,6 +64,7 @@ class Language:
     joint_steps: int = 280
     lower_is_better: bool = True
     factor: float = 1.0
+    from_files: tuple[str, ...] = tuple(SPACES)
 
     def world(self, seed: int) -> LanguageWorld:
         """Read the pages, and split them by the seed."""
@@ -133,9 +137,31 @@ class LanguageWorld:
         self, base: dict[str, Any], state: State, task: str
     ) -> tuple[LlamaForCausalLM, Callable[[int], torch.Tensor]]:
         """Return a model, and what gives its loss for one training window after the other."""
-        model = self.model(state)
-        drawn = np.random.default_rng([self.seed, *f"measured {task}".encode()])
+        model, drawn = self.model(state), self._drawn(task)
         return model, lambda _: _losses(model, self.windows(task, "training", 1, drawn)).sum()
+
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """Return the first of these windows as texts: a character of Latin-1 for each byte."""
+        drawn = self._drawn(task)
+        windows = [self.windows(task, "training", 1, drawn)[0] for _ in range(MEASURED)]
+        return [{"text": bytes(window.tolist()).decode("latin-1")} for window in windows]
+
+    def _drawn(self, task: str) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *f"measured {task}".encode()])
+
+    def save(self, state: State, folder: Path) -> None:
+        """Write a model with a tokenizer whose tokens are bytes."""
+        self.model(state).save_pretrained(folder)
+        characters = Tokenizer(models.BPE({chr(byte): byte for byte in range(256)}, []))
+        PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder)
+
+    def opened(self, folder: Path) -> State:
+        """Return the tensors of a merge."""
+        return load_file(folder / "model.safetensors")
+
+    def stored_as(self, name: str) -> str:
+        """Return the name as it is."""
+        return name
 
     @cached_property
     def _scored(self) -> LlamaForCausalLM:

@@ -15,9 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from evals.evidence import from_files
 from evals.evidence.facts import FACTS
 from evals.evidence.methods import SPACES, VARIANTS
 from evals.evidence.results import AVERAGE, RESULTS
+from evals.evidence.run import SPACES_OF
 from evals.evidence.significance import holm, mean_and_error, p_value, rank_correlation
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -58,8 +60,10 @@ def row_of(family: Family, seed: Mapping[str, Any], cell: str, name: str) -> Any
         best = min if family["lower_is_better"] else max
         return {"scores": best(own, key=statistics.fmean)}
     rows = seed["merges"][cell]["rows"]
-    # A method that has nothing to choose is what it is by default.
-    return rows.get(name) or rows.get(name.replace("-chosen", "-default"))
+    method, _, kind = name.rpartition("-")
+    if kind == "chosen" and not SPACES_OF[method]:  # what has nothing to choose is as by default
+        kind = "default"
+    return rows.get(f"{method}-{kind}")
 
 
 def gains(family: Family, cell: str, name: str, over: str = AVERAGE) -> list[float]:
@@ -111,10 +115,11 @@ def table(title: str, family: Family, kind: str) -> str:
     lines = ["| over the average | " + " | ".join(heads) + " |", "|:--|" + "--:|" * len(columns)]
     controls = ["base", "task model", "joint"] if kind == "default" else []
     shown = [(name, name) for name in controls]
-    shown += [(written(name), f"{name}-{kind}") for name in SPACES if name != "linear"]
+    shown += [(written(name), f"{name}-{kind}") for name in SPACES_OF if name != "linear"]
+    num = len(family["seeds"])
     best = {
         cell: max(
-            (row for _, row in shown[len(controls) :] if gains(family, cell, row)),
+            (row for _, row in shown[len(controls) :] if len(gains(family, cell, row)) == num),
             key=lambda row: statistics.fmean(gains(family, cell, row)),
         )
         for cell in columns
@@ -122,6 +127,8 @@ def table(title: str, family: Family, kind: str) -> str:
     for label, row in shown:
         texts = [_cell(title, family, cell, row) for cell in columns]
         if set(texts) != {"–"}:
+            own = max(len(gains(family, cell, row)) for cell in columns)
+            label += f" ({own} of {num} seeds)" * (own < num)
             marked = [
                 f"**{text}**" if best[cell] == row else text
                 for cell, text in zip(columns, texts, strict=True)
@@ -245,10 +252,10 @@ INTRODUCTION = """\
 
 A language model on bytes whose fine-tunes learn other languages, a vision transformer, and the
 upper layers of all-MiniLM-L6-v2: 2, 4 and 6 task models of each, near to the base and farther from
-it, merged by every method of the package. What is trained on what, what is scored, and how
-parameters are chosen: [evals/evidence](../evals/evidence/README.md). `make evidence` trains and
-scores all of it; `python evals/evidence/page.py` writes what follows, and the figure, from
-[the committed results](../evals/evidence/results.json)."""
+it, merged by every method of the package, and by modifiers after two of them. What is trained on
+what, what is scored, and how parameters are chosen: [evals/evidence](../evals/evidence/README.md).
+`make evidence` trains and scores all of it; `python evals/evidence/page.py` writes what follows,
+and the figure, from [the committed results](../evals/evidence/results.json)."""
 
 
 def report(results: Mapping[str, Any]) -> str:
@@ -291,7 +298,9 @@ def _parts(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         "Mean over settings, ± one standard error over seeds; in brackets the number of settings "
         "in which min-σ's mean is better : worse. Bold where Student's t over the seeds tells the "
-        f"difference from 0 at {LEVEL}, after Holm's correction for all comparisons of a table."
+        f"difference from 0 at {LEVEL}, after Holm's correction for all comparisons of a table. "
+        f"{', '.join(f'`{name}`' for name in from_files.SPACES)} were scored later: they are not "
+        "compared with min-σ here, so that the correction is for the same comparisons as before."
     )
     yield "### What the task vectors are like"
     yield facts_table(families)

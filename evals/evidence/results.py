@@ -3,7 +3,8 @@
     python evals/evidence/results.py
 
 Seeds that results.json has already stay there where the cache lacks them and the recipe is the
-same, so that several machines can make them.
+same, so that several machines can make them. Rows that they lack are added to them, if the average
+scores there exactly as here, so that the models are the same.
 
 A row of results.json is a model that was scored on the test split. For each task it has the mean
 over the examples, and the standard error of the mean difference from the average of the same
@@ -29,12 +30,11 @@ import transformers
 
 from evals.evidence.families import FAMILIES
 from evals.evidence.packages import cache, versions
-from evals.evidence.run import SIZES, folder_of, rows_of
+from evals.evidence.run import AVERAGE, SIZES, folder_of, rows_of
 from evals.evidence.training import Family
 
 RESULTS = Path(__file__).with_name("results.json")
 SEEDS = (1, 2, 3, 4, 5)
-AVERAGE = "linear-default"
 
 Row = dict[str, Any]
 
@@ -70,25 +70,31 @@ def _seed(family: Family, folder: Path) -> dict[str, Any] | None:
         folder / distance / str(size) / f"{name}.npz"
         for distance in family.steps
         for size in SIZES
-        for name in rows_of(size)
+        for name in rows_of(family, size)
     ]
     if not all(path.is_file() for path in needed):
         return None
     singles = [folder / "base.npz", *sorted(folder.glob("joint-*.npz"))]
     singles += [folder / distance / f"{t}.npz" for distance in family.steps for t in family.tasks]
     merges = {}
-    for distance in family.steps:
-        for size in SIZES:
-            own = folder / distance / str(size)
-            average = _examples(own / f"{AVERAGE}.npz")
-            merges[f"{distance}/{size}"] = {
-                "facts": _rounded(json.loads((own / "facts.json").read_text())[""]),
-                "rows": {p.stem: _row(p, average) for p in sorted(own.glob("*.npz"))},
-            }
+    for cell in _cells(family):
+        facts = json.loads((folder / cell / "facts.json").read_text())
+        merges[cell] = {"facts": _rounded(facts[""]), "rows": _rows(folder / cell)}
     return {
         "models": {str(p.relative_to(folder).with_suffix("")): _row(p, None) for p in singles},
         "merges": merges,
     }
+
+
+def _cells(family: Family) -> list[str]:
+    return [f"{distance}/{size}" for distance in family.steps for size in SIZES]
+
+
+def _rows(folder: Path) -> dict[str, Row]:
+    """Return what was scored of a setting: nothing where the average was not."""
+    path = folder / f"{AVERAGE}.npz"
+    average = _examples(path) if path.is_file() else None
+    return {p.stem: _row(p, average) for p in sorted(folder.glob("*.npz")) if average}
 
 
 def _examples(path: Path) -> dict[str, np.ndarray]:
@@ -119,6 +125,34 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def add_rows(family: Family, seed: str, result: Mapping[str, Any], root: Path) -> list[str]:
+    """Add rows that a seed's result lacks, if all settings were scored; return their names.
+
+    Raises:
+        SystemExit: if the average scored otherwise, since then the models are others.
+    """
+    folder = folder_of(family, int(seed), root) / "scores"
+    there = {cell: _rows(folder / cell) for cell in _cells(family)}
+    known = {cell: result["merges"][cell]["rows"] for cell in there}
+    sizes = {cell: int(cell.partition("/")[2]) for cell in there}
+    lacks = {cell: set(rows_of(family, sizes[cell])) - set(known[cell]) for cell in there}
+    unfinished = {name for cell, names in lacks.items() for name in names - set(there[cell])}
+    new = {cell: names - unfinished for cell, names in lacks.items() if names - unfinished}
+    added = sorted(set().union(*new.values()))
+    for cell in new:
+        before, now = (every[cell][AVERAGE]["scores"] for every in (known, there))
+        if before != now:
+            raise SystemExit(
+                f"{family.name}, seed {seed}, {cell}: the average scored {before} in results.json, "
+                f"and {now} here, so that {', '.join(added)} would be of other models. Remove "
+                "results.json and make all seeds anew"
+            )
+    for cell, names in new.items():
+        rows = {**known[cell], **{name: there[cell][name] for name in names}}
+        result["merges"][cell]["rows"] = dict(sorted(rows.items()))
+    return added
+
+
 def with_earlier(found: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
     """Add the seeds and the packages of earlier results to what was found.
 
@@ -143,6 +177,10 @@ def main() -> None:
     found["packages"] = versions()
     if RESULTS.is_file():
         found = with_earlier(found, json.loads(RESULTS.read_text()))
+    for name, family in FAMILIES.items():
+        for seed, result in found["families"][name]["seeds"].items():
+            if added := add_rows(family, seed, result, cache()):
+                print(f"{name}, seed {seed}: added {', '.join(added)}")
     # A line for each row.
     RESULTS.write_text(json.dumps(found, separators=(",", ":")).replace("},", "},\n") + "\n")
     for name, family in found["families"].items():

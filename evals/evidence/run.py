@@ -1,6 +1,10 @@
 """Trains the models of a family, merges and scores them, seed after seed.
 
     python evals/evidence/run.py language --seeds 1 2 3 4 5
+    python evals/evidence/run.py language --methods average+svc regmean++
+
+With --methods, the base and the fine-tunes are trained, and only these merges and the average are
+scored: results.py adds them to the seeds that results.json has.
 
 Every model and every merge is kept in the user's cache, under a hash of the recipe. What was
 stopped goes on where it was. A method's parameters are chosen on validation data; the test split
@@ -13,8 +17,9 @@ import argparse
 import hashlib
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,15 +29,18 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
+from evals.evidence import from_files
 from evals.evidence.facts import facts
 from evals.evidence.families import FAMILIES
 from evals.evidence.methods import SPACES, candidates, merged, methods_of
 from evals.evidence.packages import cache
-from evals.evidence.training import Family, State, Statistics, World, measured
+from evals.evidence.training import MEASURED, Family, State, Statistics, World, measured
 
 SIZES = (2, 4, 6)
-MEASURED = 128  # examples of a task, for methods that take statistics
+AVERAGE = "linear-default"
+SPACES_OF = SPACES | from_files.SPACES
 
 # A model to score, and what is to be known of it.
 Scored = tuple[State, Mapping[str, Any]]
@@ -45,9 +53,10 @@ def folder_of(family: Family, seed: int, root: Path) -> Path:
     return root / f"{family.name}-{digest[:8]}" / f"seed-{seed}"
 
 
-def rows_of(size: int) -> list[str]:
+def rows_of(family: Family, size: int) -> list[str]:
     """Return the names of what is scored of the merges of so many models."""
-    kinds = {method: ["default", *["chosen"] * bool(SPACES[method])] for method in methods_of(size)}
+    methods = [*methods_of(size), *family.from_files]
+    kinds = {method: ["default", *["chosen"] * bool(SPACES_OF[method])] for method in methods}
     return [f"{method}-{kind}" for method, every in kinds.items() for kind in every]
 
 
@@ -98,12 +107,17 @@ class Seed:
 
         return self._kept(f"joint-{size}", make)
 
-    def score(self) -> None:
-        """Merge and score at every distance with every number of task models."""
+    def score(self, only: Collection[str] = ()) -> None:
+        """Merge and score at every distance with every number of task models.
+
+        Args:
+            only: score these methods and the average alone.
+        """
         for distance in self.family.steps:
-            self.score_parents(distance)
+            if not only:
+                self.score_parents(distance)
             for size in SIZES:
-                self.score_merges(distance, size)
+                self.score_merges(distance, size, only)
 
     def score_parents(self, distance: str) -> None:
         """Score the base and every fine-tune on all tasks."""
@@ -112,14 +126,14 @@ class Seed:
         for task in every:
             self._scored(f"{distance}/{task}", every, partial(self._task_model, task, distance))
 
-    def score_merges(self, distance: str, size: int) -> None:
-        """Score the merges of the first tasks' models by every method."""
+    def score_merges(self, distance: str, size: int, only: Collection[str] = ()) -> None:
+        """Score the merges of the first tasks' models by every method, or by some."""
         tasks = self.family.tasks[:size]
         base = self.base()["state"]
         models = [self.tuned(task)[distance] for task in tasks]
         folder = f"{distance}/{size}"
         record = self.folder / "scores" / folder / "facts.json"
-        if not record.is_file():
+        if not (only or record.is_file()):
             record.parent.mkdir(parents=True, exist_ok=True)
             _write(record, json.dumps(facts(base, models)).encode())
         merge = partial(
@@ -129,12 +143,17 @@ class Seed:
             seed=self.seed,
             statistics=lambda: [self.measured(task, distance) for task in tasks],
         )
-        for method in methods_of(size):
-            own = partial(merge, method)
-            self._scored(f"{folder}/{method}-default", tasks, partial(self._default, own))
-            if SPACES[method]:
-                chosen = partial(self._chosen, own, candidates(SPACES[method]), tasks)
-                self._scored(f"{folder}/{method}-chosen", tasks, chosen)
+        with tempfile.TemporaryDirectory() as place:
+            folders = from_files.Folders(self.world, base, models, tasks, Path(place))
+            merges = {method: partial(merge, method) for method in methods_of(size)}
+            merges |= {name: partial(folders.merged, name) for name in self.family.from_files}
+            wanted = {AVERAGE.removesuffix("-default"), *only} if only else merges.keys()
+            for method in [method for method in merges if method in wanted]:
+                own = merges[method]
+                self._scored(f"{folder}/{method}-default", tasks, partial(self._default, own))
+                if SPACES_OF[method]:
+                    chosen = partial(self._chosen, own, candidates(SPACES_OF[method]), tasks)
+                    self._scored(f"{folder}/{method}-chosen", tasks, chosen)
 
     def score_joint(self) -> None:
         """Train on all tasks of a merge at once, and score."""
@@ -225,16 +244,21 @@ def main() -> None:
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--only", choices=["train", "score", "joint"], help="one part of the work")
+    parser.add_argument(
+        "--methods", nargs="+", choices=SPACES_OF, default=[], metavar="METHOD",
+        help="score these merges and the average, and train nothing jointly",
+    )  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     for number in options.seeds:
         seed = Seed(FAMILIES[options.family], number, cache())
         for part, work in {
             "train": seed.train,
-            "score": seed.score,
+            "score": partial(seed.score, options.methods),
             "joint": seed.score_joint,
         }.items():
-            if options.only in (None, part):
+            if options.only in (None, part) and not (options.methods and part == "joint"):
                 start = time.perf_counter()
                 work()
                 print(f"{options.family} seed {number}: {part}, "

@@ -14,6 +14,7 @@ State = dict[str, Tensor]
 Statistics = dict[str, State]  # by kind: `gram`, `fisher`
 
 BETAS, WEIGHT_DECAY, CLIP, WARMUP_STEPS = (0.9, 0.95), 0.05, 1.0, 20
+MEASURED = 128  # training examples of a task, for methods that run models over data
 
 
 class World(Protocol):
@@ -39,6 +40,10 @@ class World(Protocol):
         """Return a model, and what gives its loss for one training example after the other."""
         ...
 
+    def stored_as(self, name: str) -> str:
+        """Return a tensor's name in the whole model, which tells its layer."""
+        ...
+
 
 class Family(Protocol):
     """Models of one kind, which differ by seed.
@@ -51,6 +56,7 @@ class Family(Protocol):
         joint_steps: of the training on all tasks of a merge at once.
         lower_is_better: of scores.
         factor: what a score is multiplied by in tables.
+        from_files: the rows of `from_files.SPACES` that it can have.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Family(Protocol):
     joint_steps: int
     lower_is_better: bool
     factor: float
+    from_files: tuple[str, ...]
 
     def world(self, seed: int) -> World:
         """Load the data of a seed."""

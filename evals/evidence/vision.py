@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,14 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
+try:  # transformers 5 has the image processor without torchvision under its own name
+    from transformers import ViTImageProcessorPil as ViTImageProcessor
+except ImportError:
+    from transformers import ViTImageProcessor
+
+from evals.evidence.from_files import SPACES
 from evals.evidence.packages import debian, npm
-from evals.evidence.training import State, copied, fit
+from evals.evidence.training import MEASURED, State, copied, fit
 
 SIDE, CLASSES = 28, 10
+PATCHES = "embeddings.patch_embeddings.projection.weight"
 SETS = ("garments", "digits")
 # What is done to an image of pixels from 0 to 1, of shape (N, rows, columns).
 CHANGES = {
@@ -74,6 +83,7 @@ class Vision:
     joint_steps: int = 800
     lower_is_better: bool = False
     factor: float = 100.0
+    from_files: tuple[str, ...] = tuple(SPACES)
 
     def world(self, seed: int) -> VisionWorld:
         """Read the images."""
@@ -139,6 +149,38 @@ class VisionWorld:
         model, heads = self._model(state), {task: self._head(base["heads"][task])}
         return model, self._loss(model, heads, [task], f"measured {task}", batch=1)
 
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """Return the first of these images."""
+        drawn = np.random.default_rng([self.seed, *f"measured {task}".encode()])
+        name, _, change = task.partition("-")
+        images, _, rows = self._rows(name, "training")
+        samples = []
+        for _ in range(MEASURED):
+            (pixels,) = CHANGES[change](images[rows[drawn.integers(0, len(rows), 1)]])
+            file = io.BytesIO()
+            Image.fromarray((pixels * 255).round().byte().numpy()).save(file, "PNG")
+            samples.append({"image": file.getvalue()})
+        return samples
+
+    def save(self, state: State, folder: Path) -> None:
+        """Write a model that takes grey pictures in three equal channels, and gives features."""
+        model = ViTForImageClassification(self._config(num_channels=3, num_labels=0))
+        thirds = state[PATCHES].expand(-1, 3, -1, -1) / 3
+        model.vit.load_state_dict({**state, PATCHES: thirds})
+        model.save_pretrained(folder)
+        ViTImageProcessor(
+            size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ).save_pretrained(folder)
+
+    def opened(self, folder: Path) -> State:
+        """Return the tensors of a merge, with one channel again."""
+        state: State = ViTForImageClassification.from_pretrained(folder).vit.state_dict()
+        return {**state, PATCHES: state[PATCHES].sum(1, keepdim=True)}
+
+    def stored_as(self, name: str) -> str:
+        """Return the name as it is."""
+        return name
+
     @torch.inference_mode()
     def score(self, base: dict[str, Any], state: State, task: str, split: str) -> np.ndarray:
         """Return which images are told right."""
@@ -166,9 +208,15 @@ class VisionWorld:
         return self._model()
 
     def _model(self, state: State | None = None) -> ViTModel:
-        recipe = self.recipe
         torch.manual_seed(self.seed)
-        config = ViTConfig(
+        model = ViTModel(self._config(num_channels=1), add_pooling_layer=False)
+        if state is not None:
+            model.load_state_dict(state)
+        return model
+
+    def _config(self, **more: Any) -> ViTConfig:
+        recipe = self.recipe
+        return ViTConfig(
             hidden_size=recipe.width,
             intermediate_size=recipe.hidden,
             num_hidden_layers=recipe.layers,
@@ -177,12 +225,8 @@ class VisionWorld:
             attention_probs_dropout_prob=0.0,
             image_size=SIDE,
             patch_size=recipe.patch,
-            num_channels=1,
+            **more,
         )
-        model = ViTModel(config, add_pooling_layer=False)
-        if state is not None:
-            model.load_state_dict(state)
-        return model
 
     def _head(self, state: State | None = None) -> nn.Linear:
         head = nn.Linear(self.recipe.width, CLASSES)
