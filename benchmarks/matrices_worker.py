@@ -32,7 +32,7 @@ def ours(output: Path, spec: dict[str, Any]) -> Callable[[], None]:
     from outliermerge import run as merge
 
     def run() -> None:
-        merge(spec, output=output, threads=torch.get_num_threads(), memory="4GiB")
+        merge(spec, output=output, threads=torch.get_num_threads(), memory="8GiB")
 
     return run
 
