@@ -249,10 +249,13 @@ def main() -> None:
         help="score these merges and the average, and train nothing jointly",
     )  # fmt: skip
     options = parser.parse_args()
+    family = FAMILIES[options.family]
+    if absent := set(options.methods) - {*SPACES, *family.from_files}:
+        parser.error(f"{options.family} is not merged by {', '.join(sorted(absent))}")
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     for number in options.seeds:
-        seed = Seed(FAMILIES[options.family], number, cache())
+        seed = Seed(family, number, cache())
         for part, work in {
             "train": seed.train,
             "score": partial(seed.score, options.methods),
