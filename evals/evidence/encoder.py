@@ -50,7 +50,7 @@ class Encoder:
     joint_steps: int = 400
     lower_is_better: bool = False
     factor: float = 100.0
-    # `measure` would run and merge the whole encoder, which takes too long.
+    # `measure` would run and merge the whole encoder, which takes too long; it has several heads.
     from_files: tuple[str, ...] = tuple(MODIFIERS)
 
     def world(self, seed: int) -> EncoderWorld:

@@ -1,4 +1,4 @@
-"""Merges that the library makes of files: by modifiers, and by RegMean++, which runs models."""
+"""Merges that the library makes of files: by modifiers, and by what runs models over data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODIFIERS: dict[str, dict[str, Any]] = {
     "average+svc": {"alpha": (0.1, 1.0)},
 }
 # With nothing to choose: every setting would run the models over the data again.
-OVER_DATA: dict[str, dict[str, Any]] = {"regmean++": {}}
+OVER_DATA: dict[str, dict[str, Any]] = {"regmean++": {}, "adamerging": {}}
 SPACES = MODIFIERS | OVER_DATA
 
 

@@ -83,7 +83,8 @@ class Vision:
     joint_steps: int = 800
     lower_is_better: bool = False
     factor: float = 100.0
-    from_files: tuple[str, ...] = tuple(SPACES)
+    # AdaMerging is of one model with one head.
+    from_files: tuple[str, ...] = tuple(name for name in SPACES if name != "adamerging")
 
     def world(self, seed: int) -> VisionWorld:
         """Read the images."""
