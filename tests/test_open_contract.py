@@ -275,14 +275,17 @@ def test_modifiers_are_checked_with_the_spec(more, message, models):
         outliermerge.plan(spec_of(models, "dropped") | more)
 
 
-def test_a_statistic_of_whole_models_needs_all_of_them(models, tmp_path):
+def test_a_statistic_of_whole_models_takes_what_one_lacks_as_the_bases(models, tmp_path):
     state = load_folder(models / "a")
     del state["long"]
     save_tensors(tmp_path / "a", state)
     spec = spec_of(models, "trimmed", missing="base")
     spec["models"][0]["model"] = str(tmp_path / "a")
-    with pytest.raises(OutlierMergeError, match=r"^long is not in all models"):
-        outliermerge.plan(spec)
+    outliermerge.run(spec, output=tmp_path / "lacking")
+    save_tensors(tmp_path / "a", state | {"long": load_folder(models / "base")["long"]})
+    outliermerge.run(spec, output=tmp_path / "filled")
+    found, filled = (load_folder(tmp_path / name) for name in ("lacking", "filled"))
+    assert all(found[name].equal(filled[name]) for name in filled)
 
 
 ENGINE = TorchEngine(["cpu"])

@@ -182,9 +182,10 @@ def min_sigma(
 
     σ = minᵢ std(ΔWᵢ); δ ↦ δ/n where |δ| ≤ tσ, else δ; W* = W + λ Σ wᵢΔWᵢ.
 
-    n is the number of task models that have the tensor. The paper recommends t of 2 or 3. All
-    other parameters are ours, and their defaults are the paper's rule. No other value of `sigma`,
-    `scale` or `conflict` was better throughout where we measured, so none is recommended.
+    n is the number of task models that have the tensor, of all with `sigma: model`. The paper
+    recommends t of 2 or 3. All other parameters are ours, and their defaults are the paper's rule.
+    No other value of `sigma`, `scale` or `conflict` was better throughout where we measured, so
+    none is recommended.
 
     Args:
         deltas_ME: task vectors.

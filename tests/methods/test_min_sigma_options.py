@@ -129,15 +129,18 @@ def test_nan_stays_where_signs_are_elected():
     assert merged.isnan().tolist()[0]
 
 
-def test_sigma_of_models_refuses_a_model_that_lacks_a_tensor_and_that_of_rows_takes_it(
-    folders, states, tmp_path
-):
+def test_sigma_of_models_takes_what_one_lacks_as_the_bases(folders, states, tmp_path):
     lacking = {name: tensor for name, tensor in states[1][0].items() if name != "wide"}
-    models = [save_tensors(tmp_path / "lacks", lacking), *folders[1][1:]]
-    spec = {
-        "merge_method": "min_sigma", "base_model": str(folders[0]), "missing": "base",
-        "models": [{"model": str(path)} for path in models],
-    }  # fmt: skip
+    filled = lacking | {"wide": states[0]["wide"]}
+    outputs = []
+    for name, state in {"lacking": lacking, "filled": filled}.items():
+        models = [save_tensors(tmp_path / name, state), *folders[1][1:]]
+        spec = {
+            "merge_method": "min_sigma", "base_model": str(folders[0]), "missing": "base",
+            "models": [{"model": str(path)} for path in models], "parameters": {"sigma": "model"},
+        }  # fmt: skip
+        outliermerge.run(spec, output=tmp_path / f"of-{name}")
+        outputs.append(load_folder(tmp_path / f"of-{name}"))
+    assert all(outputs[0][name].equal(outputs[1][name]) for name in outputs[1])
     assert outliermerge.plan(spec | {"parameters": {"sigma": "row"}}).jobs
-    with pytest.raises(outliermerge.OutlierMergeError, match="measures whole models"):
-        outliermerge.plan(spec | {"parameters": {"sigma": "model"}})
+
