@@ -285,8 +285,8 @@ class SpecDocument(_SpecEntry):
     missing: Annotated[Any, _policy(MISSING)] = Field(
         default=None,
         description="A tensor that a model lacks: `error` (default), or `base`: its task "
-        "vector is zero there. A method that counts models counts those that have it, but all if it "
-        "measures whole models. One word, or a list of filters.",
+        "vector is zero there. A method that counts models counts those that have it, but all if "
+        "it measures whole models. One word, or a list of filters.",
     )
     extra: Annotated[Any, _policy(EXTRA)] = Field(
         default=None,

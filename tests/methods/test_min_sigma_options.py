@@ -143,4 +143,3 @@ def test_sigma_of_models_takes_what_one_lacks_as_the_bases(folders, states, tmp_
         outputs.append(load_folder(tmp_path / f"of-{name}"))
     assert all(outputs[0][name].equal(outputs[1][name]) for name in outputs[1])
     assert outliermerge.plan(spec | {"parameters": {"sigma": "row"}}).jobs
-
