@@ -837,7 +837,9 @@ def test_quantised_models_with_other_names_and_rows_are_paired(policy, tmp_path)
 # The spec, written and read again
 
 
-def test_the_manifests_spec_and_the_readmes_recipe_give_the_same_bytes(tmp_path):
+def test_the_manifests_spec_and_the_readmes_recipe_give_the_same_bytes(tmp_path, monkeypatch):
+    (tmp_path / "far/away").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "far/away")  # so that the README has absolute paths
     shapes = {"a.w": (6, 4), "b.w": (3,)}
     base = model(tmp_path / "base", {f"x.{k}": v for k, v in randoms(shapes, 0).items()})
     task = model(
