@@ -24,7 +24,6 @@ from outliermerge.planning.blocks import (
     num_by_torch,
     too_little,
 )
-from outliermerge.planning.job import Beside as Beside
 from outliermerge.planning.job import Input as Input
 from outliermerge.planning.job import Job as Job
 from outliermerge.planning.job import LayersFrom as LayersFrom
